@@ -1,0 +1,162 @@
+"""What a pruner sees and what it returns. Shared by pruners, adapters and the runtime; knows no model and no method."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import ClassVar, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+Keep: TypeAlias = float | int
+"""What survives: a float in (0, 1] is a ratio of the item's visual tokens, an int >= 1 a count per item."""
+
+Positions: TypeAlias = Literal["original", "compact"]
+"""Position ids after pruning: as in the unpruned prompt, or renumbered without gaps."""
+
+
+def check_keep(keep: Keep) -> Keep:
+    """Return `keep` unchanged if it is allowed.
+
+    Raises:
+        ValueError: anything but a float in (0, 1] or an int >= 1.
+    """
+    allowed = "keep must be a float in (0, 1] (ratio of an item's visual tokens) or an int >= 1 (count per item)"
+    if isinstance(keep, bool) or not isinstance(keep, numbers.Real):
+        raise ValueError(f"{allowed}, got {keep!r}")
+    if isinstance(keep, numbers.Integral):
+        if keep < 1:
+            raise ValueError(f"{allowed}, got {keep!r}")
+    elif not (math.isfinite(keep) and 0 < keep <= 1):
+        raise ValueError(f"{allowed}, got {keep!r}")
+    return keep
+
+
+def budget(count: int, keep: Keep) -> int:
+    """Tokens kept of `count`: a ratio rounds half to even (DivPrune's rule, and may give 0), a count is clamped."""
+    return min(int(keep), count) if isinstance(keep, numbers.Integral) else round(float(keep) * count)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where each of an item's N visual tokens sits in the picture.
+
+    Attributes:
+        plane: int64 [N], number of the tile or frame that the token belongs to.
+        row, col: int64 [N], cell inside that plane's grid; -1 for tokens that show no place.
+        grids: (rows, columns) of every plane.
+        kind: "image" or "video".
+    """
+
+    plane: Tensor
+    row: Tensor
+    col: Tensor
+    grids: tuple[tuple[int, int], ...]
+    kind: Literal["image", "video"] = "image"
+
+    @classmethod
+    def grid(cls, rows: int, cols: int, *, prefix: int = 0) -> Geometry:
+        """One plane of rows x cols tokens in raster order, after `prefix` tokens that show no place (a CLS token)."""
+        cell = torch.arange(rows * cols)
+        blank = torch.full((prefix,), -1)
+        return cls(
+            plane=torch.zeros(prefix + rows * cols, dtype=torch.int64),
+            row=torch.cat([blank, cell // cols]),
+            col=torch.cat([blank, cell % cols]),
+            grids=((rows, cols),),
+        )
+
+    @property
+    def placeless(self) -> Tensor:
+        """bool [N]: tokens without a place in the picture, such as line breaks between rows or a CLS token."""
+        return self.row < 0
+
+    def __len__(self) -> int:
+        return self.plane.numel()
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image or video in one row of the sequence of this forward call; `start` counts from the call's first column."""
+
+    sample: int
+    start: int
+    length: int
+    geometry: Geometry
+
+
+@dataclass
+class VisualTokens:
+    """The visual tokens of every item of a batch, padded at the end to a common length.
+
+    Attributes:
+        features: [I, N, D], what the language model would see; rows past an item's count are zero.
+        counts: number of tokens of each item.
+        geometry: one `Geometry` per item.
+        layer: decoder layer before which the choice is made; 0 is the boundary.
+        provider: computes a further signal by name, when asked for.
+    """
+
+    features: Tensor
+    counts: tuple[int, ...]
+    geometry: tuple[Geometry, ...]
+    layer: int = 0
+    provider: Callable[[str], Tensor] | None = field(default=None, repr=False)
+
+    @cached_property
+    def valid(self) -> Tensor:
+        """bool [I, N]: True for real tokens, False for padding."""
+        counts = torch.tensor(self.counts).to(self.features.device, non_blocking=True)
+        return torch.arange(self.features.shape[1], device=self.features.device) < counts[:, None]
+
+
+@dataclass
+class Selection:
+    """What stays.
+
+    Attributes:
+        index: int64 [I, K], kept tokens of each item in any order, -1 after an item's last.
+        features: [I, K, D] rows to put in their place, or None to leave the tokens as they are. A merging pruner
+            gives the merged row at the index of the token that stands for its group.
+    """
+
+    index: Tensor
+    features: Tensor | None = None
+
+
+@dataclass(kw_only=True)
+class Pruner(ABC):
+    """A method: chooses which visual tokens of each item stay. Its dataclass fields are its hyper-parameters.
+
+    Class attributes:
+        name: the name it is registered under.
+        paper: where it was published.
+        stage: where it acts ("boundary").
+        needs: signals beyond `features` without which it cannot run.
+    """
+
+    keep: Keep = 1.0
+    positions: Positions = "original"
+
+    name: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    stage: ClassVar[str] = "boundary"
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        if self.positions not in ("original", "compact"):
+            raise ValueError(f'positions must be "original" or "compact", got {self.positions!r}')
+
+    def budget(self, counts: Sequence[int]) -> list[int]:
+        """Tokens to keep of items that have `counts` tokens."""
+        return [budget(count, self.keep) for count in counts]
+
+    @abstractmethod
+    def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
+        """Choose `budget` (int64 [I], on the CPU) tokens of each item. Called only where something is to go."""

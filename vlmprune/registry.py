@@ -1,0 +1,72 @@
+"""Pruners by name: the built-in ones, those registered in code, and those of installed packages."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import warnings
+from importlib import metadata
+from typing import Any, TypeVar
+
+from vlmprune.contract import Pruner
+
+ENTRY_POINT_GROUP = "vlmprune.pruners"
+
+_registered: dict[str, type[Pruner]] = {}
+P = TypeVar("P", bound=type[Pruner])
+
+
+def register_pruner(cls: P) -> P:
+    """Class decorator: make a pruner available under its `name` (the lower-case class name if it has none).
+
+    Raises:
+        TypeError: not a subclass of `Pruner`.
+        ValueError: the name belongs to another class.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, Pruner)):
+        raise TypeError(f"register_pruner takes a subclass of vlmprune.Pruner, got {cls!r}")
+    if not cls.name:
+        cls.name = cls.__name__.lower()
+    holder = _registered.get(cls.name)
+    if holder is not None and (holder.__module__, holder.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise ValueError(f"the pruner name {cls.name!r} is taken by {holder.__module__}.{holder.__qualname__}")
+    _registered[cls.name] = cls
+    return cls
+
+
+def pruner_classes() -> dict[str, type[Pruner]]:
+    """Every known pruner class by name. A plug-in that fails to load is reported as a warning and left out."""
+    import vlmprune.pruners  # noqa: F401  registers the built-in ones
+
+    for entry in metadata.entry_points(group=ENTRY_POINT_GROUP):
+        if entry.name not in _registered:
+            try:
+                cls = entry.load()
+                cls.name = cls.name or entry.name
+                register_pruner(cls)
+            except Exception as error:
+                warnings.warn(f"pruner plug-in {entry.name!r} could not be loaded: {error}", stacklevel=2)
+    return dict(sorted(_registered.items()))
+
+
+def list_pruners() -> list[str]:
+    """Names of all pruners, sorted."""
+    return list(pruner_classes())
+
+
+def create_pruner(name: str, **fields: Any) -> Pruner:
+    """Build a pruner from its name and hyper-parameters.
+
+    Raises:
+        ValueError: unknown name (the message gives the nearest ones), unknown field, or a bad value.
+    """
+    classes = pruner_classes()
+    if name not in classes:
+        near = difflib.get_close_matches(str(name).lower(), classes, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known are {', '.join(classes)}."
+        raise ValueError(f"unknown pruner {name!r}: {hint}")
+    known = [field.name for field in dataclasses.fields(classes[name]) if field.init]
+    for key in fields:
+        if key not in known:
+            raise ValueError(f"pruner {name!r} has no field {key!r}: it takes {', '.join(known)}.")
+    return classes[name](**fields)
