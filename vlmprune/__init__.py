@@ -10,19 +10,28 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from vlmprune.contract import Geometry, Item, Keep, Positions, Pruner, Selection, VisualTokens
-from vlmprune.registry import create_pruner, list_pruners, register_pruner
-
 if TYPE_CHECKING:
+    from vlmprune.contract import Geometry, Item, Keep, Positions, Pruner, Selection, VisualTokens
     from vlmprune.flops import estimate_flops
     from vlmprune.pruners import DivPrune, Pool, Random, Uniform
+    from vlmprune.registry import create_pruner, list_pruners, register_pruner
     from vlmprune.report import ItemReport, PruneReport, StageReport
     from vlmprune.session import Session, prune
 
 __version__ = "0.1.0"
 
-# Loaded on first use, so that `import vlmprune` stays light.
+# Loaded on first use: `vlmprune --help` answers without waiting for torch.
 _lazy = {
+    "Geometry": "vlmprune.contract",
+    "Item": "vlmprune.contract",
+    "Keep": "vlmprune.contract",
+    "Positions": "vlmprune.contract",
+    "Pruner": "vlmprune.contract",
+    "Selection": "vlmprune.contract",
+    "VisualTokens": "vlmprune.contract",
+    "create_pruner": "vlmprune.registry",
+    "list_pruners": "vlmprune.registry",
+    "register_pruner": "vlmprune.registry",
     "prune": "vlmprune.session",
     "Session": "vlmprune.session",
     "PruneReport": "vlmprune.report",
