@@ -1,0 +1,188 @@
+"""A KV cache whose layers know two lengths: how long the prompt was, and how many of its keys they still hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+
+class PrunedLayer(CacheLayerMixin):
+    """Wraps one cache layer that holds fewer keys than columns were seen.
+
+    Physical entries 0..P-1 came from the original columns `columns` [B, P] (int64, -1 where a row is padded); what
+    follows them maps one to one. `get_seq_length()` is logical (the length of the unpruned sequence, which positions
+    and slicing of the next turn need), `get_mask_sizes()` physical (the keys that exist). Reordering and repeating act
+    on the wrapped layer and on the map alike, so beam search and reused caches stay exact.
+    """
+
+    def __init__(self, inner: CacheLayerMixin) -> None:
+        # No super().__init__(): it would set `keys` and `values`, which belong to the wrapped layer.
+        self.inner = inner
+        self.columns: Tensor | None = None
+        self.hidden = 0  # columns that were seen and are not held
+        self.padded = False  # whether `columns` holds a -1
+        self.pending: tuple[Tensor, int] | None = None
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.inner!r}, hidden={self.hidden})"
+
+    def expect(self, columns: Tensor, seen: int, padded: bool) -> None:
+        """Announce the next `update`: after it the entries come from `columns` [B, P], out of `seen` columns so far."""
+        self.pending, self.padded = (columns, seen), padded
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.pending is not None:
+            self.columns, seen = self.pending
+            self.hidden = seen - self.columns.shape[1]
+            self.pending = None
+        return self.inner.update(key_states, value_states, *args, **kwargs)
+
+    def held(self) -> Tensor | None:
+        """int64 [B, P]: original column of every entry held now, -1 for padding; None before the first prune."""
+        if self.columns is None:
+            return None
+        tail = int(self.inner.get_seq_length()) - self.columns.shape[1]
+        if tail == 0:
+            return self.columns
+        first = self.columns.shape[1] + self.hidden
+        after = torch.arange(first, first + tail, device=self.columns.device).expand(len(self.columns), -1)
+        return torch.cat([self.columns, after], dim=1)
+
+    def get_seq_length(self) -> int:
+        return self.inner.get_seq_length() + self.hidden
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.inner.get_mask_sizes(query_length)
+
+    def get_max_length(self) -> int:
+        return self.inner.get_max_length()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` columns of the unpruned sequence, those that were pruned included."""
+        if self.columns is None:
+            return self.inner.crop(tokens_to_remove)
+        count = abs(tokens_to_remove)
+        tail = int(self.inner.get_seq_length()) - self.columns.shape[1]
+        if count <= tail:
+            return self.inner.crop(-count)
+        # Into the pruned prompt: rows may lose different numbers of entries; what only some lose becomes padding.
+        seen = self.columns.shape[1] + self.hidden - (count - tail)
+        columns = self.columns.masked_fill(self.columns >= seen, -1)
+        filled = (columns >= 0).any(dim=0).nonzero()
+        width = int(filled[-1]) + 1 if len(filled) else 0
+        self.inner.crop(-(tail + self.columns.shape[1] - width))
+        self.columns, self.hidden, self.padded = columns[:, :width], seen - width, True
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.inner.reorder_cache(beam_idx)
+        if self.columns is not None:
+            self.columns = self.columns.index_select(0, beam_idx.to(self.columns.device))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.inner.batch_repeat_interleave(repeats)  # type: ignore[attr-defined]
+        if self.columns is not None:
+            self.columns = self.columns.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.inner.batch_select_indices(indices)  # type: ignore[attr-defined]
+        if self.columns is not None:
+            self.columns = self.columns[indices.to(self.columns.device)]
+
+    def reset(self) -> None:
+        self.inner.reset()
+        self.columns, self.hidden, self.padded, self.pending = None, 0, False, None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.inner.lazy_initialization(key_states, value_states)
+
+    def offload(self) -> None:
+        self.inner.offload()
+
+    def prefetch(self) -> None:
+        self.inner.prefetch()
+
+    def __getattr__(self, name: str) -> Any:
+        # keys, values, dtype, device, is_initialized, ... are the wrapped layer's own.
+        if name == "inner":
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    @property
+    def is_sliding(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:  # type: ignore[override]
+        return self.inner.is_compileable
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        return getattr(self.inner, "is_croppable", True)
+
+
+class Physical:
+    """A cache layer as mask building must see it: queries start where the held keys end."""
+
+    def __init__(self, layer: CacheLayerMixin) -> None:
+        inner = layer.inner if isinstance(layer, PrunedLayer) else layer
+        self.layer = inner
+        self.is_compileable = inner.is_compileable
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.layer.get_seq_length()
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self.layer.get_mask_sizes(query_length)
+
+
+def wrap_layers(cache: Cache, depth: int) -> list[PrunedLayer]:
+    """Make every one of a cache's `depth` layers a `PrunedLayer`, in place.
+
+    Raises:
+        ValueError: a kind of cache whose layers cannot hold a pruned prompt.
+    """
+    if not isinstance(cache, DynamicCache):
+        raise ValueError(
+            f"a {type(cache).__name__} cannot hold a pruned prompt yet: use DynamicCache (the default of generate())."
+        )
+    while len(cache.layers) < depth:
+        cache.layers.append(DynamicLayer())
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            # Its window counts held keys, ours counts original columns: hold all, and let the mask do the windowing.
+            layer = unwindowed(layer)
+        if not isinstance(layer, PrunedLayer):
+            cache.layers[index] = PrunedLayer(layer)
+    return cache.layers  # type: ignore[return-value]
+
+
+def unwindowed(layer: DynamicSlidingWindowLayer) -> DynamicLayer:
+    """A plain layer with the same content.
+
+    Raises:
+        ValueError: the window has already dropped keys.
+    """
+    plain, length = DynamicLayer(), layer.get_seq_length()
+    if length:
+        if layer.keys is None or layer.keys.shape[-2] < length:
+            raise ValueError("the sliding window of this cache is full: start a new conversation to prune an image")
+        plain.update(layer.keys, layer.values)
+    return plain
+
+
+def pruned_layer(cache: Any) -> PrunedLayer | None:
+    """The first layer of a cache that has been pruned, None for any other cache."""
+    layers = getattr(cache, "layers", None)
+    first = layers[0] if layers else None
+    return first if isinstance(first, PrunedLayer) and first.columns is not None else None
+
+
+def kv_bytes(cache: Any) -> list[int]:
+    """Bytes of keys and values that each layer holds."""
+    return [
+        sum(part.numel() * part.element_size() for part in (layer.keys, layer.values) if part is not None)
+        for layer in cache.layers
+    ]

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from vlmprune.contract import Keep, Positions, Pruner, Selection, VisualTokens
+from vlmprune.kernels import max_min_select
+from vlmprune.registry import register_pruner
+
+
+@register_pruner
+@dataclass(kw_only=True)
+class DivPrune(Pruner):
+    """Keep the visual tokens that lie farthest apart: greedy max-min diversity under cosine distance.
+
+    Alvar et al., "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models", CVPR 2025, arXiv
+    2503.02175, Algorithm 1. Training-free, blind to the question. The first pick is the most isolated token, each
+    further one the token farthest from those already kept. All tiles and frames of an item are one pool. The budget is
+    `keep` times the item's tokens, rounded half to even; published ratio 0.098, published positions compact.
+
+    Unlike the official code, which computes in the model's dtype, distances are in fp32; a token is never picked twice,
+    and a zero row is similar to nothing.
+    """
+
+    keep: Keep = 0.098
+    positions: Positions = "compact"
+
+    name: ClassVar[str] = "divprune"
+    paper: ClassVar[str] = "arXiv 2503.02175"
+
+    def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
+        return Selection(max_min_select(tokens.features, budget, mask=tokens.valid))
