@@ -1,0 +1,91 @@
+"""Cosine similarity of every pair of rows, accumulated in fp32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._common import check_mask, check_tokens, resolve_backend, unit_rows
+
+_BLOCK = 512
+
+
+def pairwise_cosine(
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    y_mask: Tensor | None = None,
+    backend: str = "auto",
+    eps: float = 1e-8,
+) -> Tensor:
+    """Cosine similarity between the rows of `x` and of `y` (of `x` itself when `y` is None).
+
+    Args:
+        x: `[B, N, D]`, any floating dtype and strides.
+        y: `[B, M, D]` of the same dtype, or None.
+        mask: `[B, N]` bool, True where a row of `x` is a token; with `y=None` it holds for both sides.
+        y_mask: `[B, M]` bool, the same for `y`.
+        backend: "auto" (Triton on a GPU, torch elsewhere), "torch" or "triton".
+        eps: norms below it are raised to it, so a zero row has similarity 0 to everything, itself included.
+
+    Returns:
+        fp32 `[B, N, M]`; 0 wherever either row is masked out. With `y=None` it is exactly symmetric.
+
+    Raises:
+        ValueError: on wrong shapes or dtypes, and on NaN or inf in a valid row of a CPU tensor. On a GPU the check
+            would cost a host synchronisation: there such a row counts as a zero row.
+        RuntimeError: `backend="triton"` on a CPU tensor outside Triton's interpreter.
+    """
+    check_tokens("x", x, mask)
+    if y is None:
+        if y_mask is not None:
+            raise ValueError("y_mask needs y")
+    else:
+        check_tokens("y", y)
+        check_mask(y_mask, y.shape[:2], y.device)
+        if y.shape[0] != x.shape[0] or y.shape[2] != x.shape[2] or y.dtype != x.dtype or y.device != x.device:
+            raise ValueError(
+                f"y must match x in batch, width, dtype and device: {y.dtype} {list(y.shape)} on {y.device} "
+                f"against {x.dtype} {list(x.shape)} on {x.device}"
+            )
+    return _pairwise_cosine(x, y, mask, y_mask, eps, resolve_backend(backend, x))
+
+
+@torch.library.custom_op(
+    "vlmprune::pairwise_cosine",
+    mutates_args=(),
+    schema="(Tensor x, Tensor? y, Tensor? mask, Tensor? y_mask, float eps, str backend) -> Tensor",
+)
+def _pairwise_cosine(
+    x: Tensor, y: Tensor | None, mask: Tensor | None, y_mask: Tensor | None, eps: float, backend: str
+) -> Tensor:
+    if backend == "triton":
+        from . import triton_cosine
+
+        return triton_cosine.pairwise_cosine(x, y, mask, y_mask, eps)
+    unit = unit_rows("x", x, mask, eps)
+    return gram(unit) if y is None else torch.bmm(unit, unit_rows("y", y, y_mask, eps).mT)
+
+
+@_pairwise_cosine.register_fake
+def _(x: Tensor, y: Tensor | None, mask: Tensor | None, y_mask: Tensor | None, eps: float, backend: str) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1], (x if y is None else y).shape[1], dtype=torch.float32)
+
+
+def gram(unit: Tensor) -> Tensor:
+    """`unit @ unit.mT` for fp32 `[B, N, D]`, exactly symmetric.
+
+    On the CPU a large product is made of block rows right of the diagonal, mirrored: half the arithmetic, and the
+    mirror is a copy. On a GPU, and for small N, one call is faster.
+    """
+    batch, n, _ = unit.shape
+    if unit.device.type != "cpu" or n <= _BLOCK:
+        return torch.bmm(unit, unit.mT)
+    out = unit.new_empty(batch, n, n)
+    for rows, g in zip(unit, out, strict=True):
+        for i in range(0, n, _BLOCK):
+            j = min(i + _BLOCK, n)
+            g[i:j, i:].addmm_(rows[i:j], rows[i:].T, beta=0)
+            g[j:, i:j] = g[i:j, j:].T
+    return out

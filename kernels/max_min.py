@@ -1,0 +1,209 @@
+"""Greedy max-min diversity (k-center): keep the tokens that lie farthest apart under cosine distance."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ._common import Count, check_tokens, resolve_backend, row_counts, unit_rows
+from .cosine import gram
+
+First = Literal["isolated", "eccentric"] | int | Tensor
+Objective = Literal["max_min", "max_sum"]
+
+_GRAM_BYTES = 4 << 30
+
+
+def max_min_select(
+    x: Tensor,
+    k: Count,
+    *,
+    mask: Tensor | None = None,
+    first: First = "isolated",
+    objective: Objective = "max_min",
+    max_k: int | None = None,
+    backend: str = "auto",
+    eps: float = 1e-8,
+) -> Tensor:
+    """Pick `k` rows per item, each the farthest (in cosine distance 1 - cos) from those already picked.
+
+    With `objective="max_min"` "farthest" is the distance to the nearest picked row (DivPrune, arXiv 2503.02175,
+    Algorithm 1; Gonzalez' k-center greedy); with "max_sum" it is the sum of distances to all picked rows (ToDRE,
+    arXiv 2505.18757, Algorithm 1). A picked row is never a candidate again. Ties go to the lowest index.
+
+    Args:
+        x: `[B, N, D]`, any floating dtype and strides; distances are computed in fp32 from unit rows.
+        k: picks per item: an int, one int per row, or an integer tensor `[B]`. A row with fewer valid tokens than its
+            `k` yields all of them.
+        mask: `[B, N]` bool, True where a row of `x` is a token.
+        first: the first pick. "isolated" is the row with the largest distance to its nearest neighbour (DivPrune);
+            "eccentric" the row least similar to the mean of the unit rows (ToDRE's choice without a salient pivot);
+            an int or an integer tensor `[B]` is the index itself (ToDRE's pivot).
+        max_k: the largest value in a tensor `k`, known on the host; without it a CUDA `k` costs a synchronisation.
+        backend: "auto" (Triton on a GPU, torch elsewhere), "torch" or "triton".
+        eps: norms below it are raised to it, so a zero row has similarity 0 to everything.
+
+    Returns:
+        int64 `[B, K]` in the order of selection, K = min(largest k, N); rows with fewer picks are padded by -1.
+
+    Raises:
+        ValueError: on wrong shapes, counts or indices, and on NaN or inf in a valid row of a CPU tensor. On a GPU
+            values are not inspected: a row with NaN or inf counts as a zero row, `first` must be a valid token.
+        RuntimeError: `backend="triton"` on a CPU tensor outside Triton's interpreter.
+    """
+    check_tokens("x", x, mask)
+    if objective not in ("max_min", "max_sum"):
+        raise ValueError(f"unknown objective {objective!r}; choose 'max_min' or 'max_sum'")
+    counts, width = row_counts(k, max_k, x)
+    index: Tensor | None = None
+    if isinstance(first, int):
+        if not 0 <= first < max(x.shape[1], 1):
+            raise ValueError(f"first must be in [0, {x.shape[1]}), got {first}")
+        index = torch.full((x.shape[0],), first, dtype=torch.int64, device=x.device)
+        first = "isolated"
+    elif isinstance(first, Tensor):
+        if first.is_floating_point() or first.shape != (x.shape[0],):
+            raise ValueError(f"first must be an integer tensor [{x.shape[0]}], got {first.dtype} {list(first.shape)}")
+        index = first.to(x.device, torch.int64, non_blocking=True)
+        first = "isolated"
+    elif first not in ("isolated", "eccentric"):
+        raise ValueError(f"unknown first pick {first!r}; choose 'isolated', 'eccentric' or an index")
+    return _max_min_select(
+        x, counts, width, mask, index, first == "eccentric", objective == "max_sum", eps, resolve_backend(backend, x)
+    )
+
+
+@torch.library.custom_op(
+    "vlmprune::max_min_select",
+    mutates_args=(),
+    schema=(
+        "(Tensor x, Tensor counts, int width, Tensor? mask, Tensor? first, bool eccentric, bool total, float eps, "
+        "str backend) -> Tensor"
+    ),
+)
+def _max_min_select(
+    x: Tensor,
+    counts: Tensor,
+    width: int,
+    mask: Tensor | None,
+    first: Tensor | None,
+    eccentric: bool,
+    total: bool,
+    eps: float,
+    backend: str,
+) -> Tensor:
+    batch, n, _ = x.shape
+    picks = torch.full((batch, width), -1, dtype=torch.int64, device=x.device)
+    if not picks.numel():
+        return picks
+    if first is not None:
+        first = _check_first(first, counts, mask, n)
+    if backend == "triton":
+        from . import triton_max_min
+
+        stored = 4 * batch * n * n <= _GRAM_BYTES
+        if first is None and (eccentric or not stored):
+            unit = unit_rows("x", x, mask, eps)
+            first = most_eccentric(unit, mask) if eccentric else most_isolated(unit, mask)
+        return triton_max_min.max_min_select(x, counts, picks, mask, first, total, eps, stored)
+    unit = unit_rows("x", x, mask, eps)
+    counts = counts if mask is None else torch.minimum(counts, mask.sum(1))
+    if first is None and eccentric:
+        first = most_eccentric(unit, mask)
+    select = _select_cpu if x.device.type == "cpu" else max_min_reference
+    return select(unit, counts, picks, mask, first, total)
+
+
+@_max_min_select.register_fake
+def _(
+    x: Tensor,
+    counts: Tensor,
+    width: int,
+    mask: Tensor | None,
+    first: Tensor | None,
+    eccentric: bool,
+    total: bool,
+    eps: float,
+    backend: str,
+) -> Tensor:
+    return x.new_empty(x.shape[0], width, dtype=torch.int64)
+
+
+def _check_first(first: Tensor, counts: Tensor, mask: Tensor | None, n: int) -> Tensor:
+    inside = first.clamp(0, n - 1)
+    if first.device.type == "cpu":
+        good = first == inside if mask is None else (first == inside) & mask.gather(1, inside[:, None])[:, 0]
+        if not (good | (counts == 0)).all():
+            raise ValueError(f"first must name a valid token of every row with k > 0, got {first.tolist()}")
+    return inside
+
+
+def most_eccentric(unit: Tensor, mask: Tensor | None) -> Tensor:
+    """Per item, the valid row least similar to the mean of the unit rows: int64 `[B]`."""
+    similarity = torch.bmm(unit, unit.sum(1, keepdim=True).mT)[..., 0]
+    return (similarity if mask is None else similarity.masked_fill(~mask, torch.inf)).argmin(1)
+
+
+def most_isolated(unit: Tensor, mask: Tensor | None, rows: int = 1024) -> Tensor:
+    """Per item, the valid row whose nearest valid neighbour is farthest: int64 `[B]`, `rows` rows at a time."""
+    n = unit.shape[1]
+    blocks = (nearest(torch.bmm(unit[:, i : i + rows], unit.mT), i, mask) for i in range(0, n, rows))
+    return torch.cat(list(blocks), 1).argmin(1)
+
+
+def nearest(similarity: Tensor, start: int, mask: Tensor | None) -> Tensor:
+    """Similarity of rows `start..start + R` to their nearest valid neighbour, from `[B, R, N]`; +inf if invalid."""
+    rows, n = similarity.shape[1:]
+    columns = torch.arange(n, device=similarity.device)
+    hidden = columns == torch.arange(start, start + rows, device=similarity.device)[:, None]
+    if mask is None:
+        return similarity.masked_fill(hidden, -torch.inf).amax(2)
+    best = similarity.masked_fill(hidden | ~mask[:, None, :], -torch.inf).amax(2)
+    return best.masked_fill(~mask[:, start : start + rows], torch.inf)
+
+
+def max_min_reference(
+    unit: Tensor, counts: Tensor, picks: Tensor, mask: Tensor | None, first: Tensor | None, total: bool
+) -> Tensor:
+    """The selection on unit rows `[B, N, D]`, any device, without a host synchronisation; fills and returns `picks`.
+
+    `closeness` is the similarity to the nearest picked row (or the sum over picked rows); +inf bars a row.
+    """
+    items = torch.arange(unit.shape[0], device=unit.device)
+    similarity = torch.bmm(unit, unit.mT)
+    current = nearest(similarity, 0, mask).argmin(1) if first is None else first
+    closeness = unit.new_full(unit.shape[:2], 0.0 if total else -torch.inf)
+    if mask is not None:
+        closeness.masked_fill_(~mask, torch.inf)
+    for t in range(picks.shape[1]):
+        picks[:, t] = torch.where(t < counts, current, -1)
+        row = similarity[items, current]
+        closeness = closeness + row if total else torch.maximum(closeness, row)
+        closeness[items, current] = torch.inf
+        current = closeness.argmin(1)
+    return picks
+
+
+def _select_cpu(
+    unit: Tensor, counts: Tensor, picks: Tensor, mask: Tensor | None, first: Tensor | None, total: bool
+) -> Tensor:
+    """The same, item by item and in place."""
+    for item, out in enumerate(picks):
+        similarity = gram(unit[item : item + 1])
+        valid = None if mask is None else mask[item : item + 1]
+        current = int(nearest(similarity, 0, valid).argmin() if first is None else first[item])
+        rows = similarity[0]
+        closeness = unit.new_full(unit.shape[1:2], 0.0 if total else -torch.inf)
+        if valid is not None:
+            closeness.masked_fill_(~valid[0], torch.inf)
+        combine = torch.add if total else torch.maximum
+        chosen = []
+        for _ in range(int(counts[item])):
+            chosen.append(current)
+            combine(closeness, rows[current], out=closeness)
+            closeness[current] = torch.inf
+            current = int(closeness.argmin())
+        out[: len(chosen)] = torch.tensor(chosen, dtype=torch.int64)
+    return picks
