@@ -1,0 +1,63 @@
+"""What ships with the package: a small LLaVA model that reads digit scenes, and six held-out scenes to try it on.
+
+The model is a stand-in for tests, demos and curves on any machine; see `digit-llava/README.md` for how it was trained
+and how well it answers.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+_HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class DemoQuestion:
+    """A question about a demo scene, its kind (see `vlmprune.scenes.Kind`) and its right answer."""
+
+    kind: str
+    text: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class DemoScene:
+    """A shipped scene: RGB image of 96 x 96 pixels, its file name, and questions."""
+
+    name: str
+    image: Image.Image
+    questions: tuple[DemoQuestion, ...]
+
+
+def model_path() -> Path:
+    """Folder of the bundled model, readable by `from_pretrained`."""
+    return _HERE / "digit-llava"
+
+
+def load(dtype: torch.dtype | None = None) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """The bundled model in evaluation mode, float32 unless `dtype` says otherwise, on the CPU, and its processor."""
+    import torch
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(model_path(), dtype=dtype or torch.float32)
+    return model.eval(), AutoProcessor.from_pretrained(model_path())
+
+
+def demo_scenes() -> list[DemoScene]:
+    """The shipped test scenes, at least two questions each. Digits and photographs were not used in training."""
+    folder = _HERE / "demo"
+    scenes = []
+    for entry in json.loads((folder / "scenes.json").read_text(encoding="utf-8")):
+        with Image.open(folder / entry["file"]) as image:
+            questions = tuple(DemoQuestion(**question) for question in entry["questions"])
+            scenes.append(DemoScene(entry["file"], image.convert("RGB"), questions))
+    return scenes
