@@ -1,0 +1,258 @@
+"""The laws every method obeys on every family, in every batch (design part 4)."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from cases import BATCHES, FAMILIES, PRUNERS, FamilyCase
+
+import vlmprune
+
+STEPS = 9  # the prefill's token and eight decode steps
+_models: dict[Any, Any] = {}
+
+
+def model_of(family: FamilyCase, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> Any:
+    key = (family.name, attention, dtype)
+    if key not in _models:
+        _models[key] = family.model(attention, dtype)
+    return _models[key]
+
+
+def generate(model: Any, inputs: dict[str, Any], **kwargs: Any) -> Any:
+    options = {
+        "max_new_tokens": STEPS,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+        "suppress_tokens": [99],  # a generated placeholder would ask for a further image
+        **kwargs,
+    }
+    return model.generate(**inputs, **options)
+
+
+def dropped_of(report: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    """bool [B, S]: the columns that the report says are gone."""
+    dropped = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+    for item in report.items:
+        columns = torch.arange(item.tokens_before)
+        gone = columns[~torch.isin(columns, item.kept)]
+        dropped[item.sample, item.start + gone] = True
+    return dropped
+
+
+def merged_rows(model: Any, inputs: dict[str, Any], report: Any, name: str) -> list[tuple[int, int, torch.Tensor]]:
+    """Pool's rows computed afresh: every cell is a rectangle around its kept token, so its mean is over nearest cells."""
+    if name != "pool" or not report.changed:
+        return []
+    from vlmprune.pruners._grid import cell_of
+
+    features = model.model.get_image_features(inputs["pixel_values"]).pooler_output
+    rows = []
+    for item, image in zip(report.items, features):
+        if item.tokens_after == item.tokens_before:
+            continue
+        cells = cell_of(item.geometry, len(item.kept))
+        for column in item.kept.tolist():
+            rows.append((item.sample, item.start + column, image[cells == cells[column]].mean(0)))
+    return rows
+
+
+def prefill(model: Any, pruner: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
+    with torch.no_grad(), vlmprune.prune(model, pruner) as session:
+        return model(**inputs).logits, session.last
+
+
+every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+every_pruner = pytest.mark.parametrize("pruner", PRUNERS)
+every_batch = pytest.mark.parametrize("batch", BATCHES)
+
+
+@every_family
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_identity(family: FamilyCase, attention: str, dtype: torch.dtype) -> None:
+    """Law 1: with keep=1.0 logits and ids are bit for bit the untouched model's."""
+    model = model_of(family, attention, dtype)
+    for prompts in BATCHES.values():
+        inputs = family.inputs(prompts, dtype=dtype)
+        with torch.no_grad():
+            logits = model(**inputs).logits
+        ids = generate(model, inputs).sequences
+        for name in PRUNERS:
+            with torch.no_grad(), vlmprune.prune(model, name, keep=1.0) as session:
+                assert torch.equal(model(**inputs).logits, logits)
+                assert torch.equal(generate(model, inputs).sequences, ids)
+            assert not session.last.changed
+            assert session.last.tokens_after == session.last.tokens_before
+
+
+@every_family
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("policy", ["original", "compact"])
+@every_batch
+@every_pruner
+def test_oracle(family: FamilyCase, attention: str, policy: str, batch: str, pruner: str) -> None:
+    """Law 2: prefill and 8 decode steps equal the unpruned model with the dropped tokens masked."""
+    model, inputs = model_of(family, attention), family.inputs(BATCHES[batch])
+    method = vlmprune.create_pruner(pruner, **PRUNERS[pruner].settings[0], positions=policy)
+    logits, report = prefill(model, method, inputs)
+    with vlmprune.prune(model, method) as session:
+        out = generate(model, inputs)
+    dropped = dropped_of(session.last, inputs)
+    assert bool(dropped.any()) == (batch != "text") == session.last.changed
+    merged = merged_rows(model, inputs, session.last, pruner)
+    forced = out.sequences[:, inputs["input_ids"].shape[1] :]
+    full, scores = oracle.run(model, inputs, dropped, policy, STEPS - 1, forced, merged)
+    for step, (mine, theirs) in enumerate(zip(out.logits, scores)):
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0, msg=lambda m, s=step: f"step {s}: {m}")
+    columns = report.columns if report.changed else torch.arange(full.shape[1]).expand(len(full), -1)
+    real = (columns >= 0) & inputs["attention_mask"].bool().gather(1, columns.clamp(min=0))
+    theirs = full.gather(1, columns.clamp(min=0)[..., None].expand(-1, -1, full.shape[-1]))
+    torch.testing.assert_close(logits[real], theirs[real], atol=1e-4, rtol=0)
+
+
+@every_family
+@every_pruner
+def test_alone_or_together(family: FamilyCase, pruner: str) -> None:
+    """Law 3: a prompt in a padded batch of unequal ones keeps the same tokens and says the same as alone."""
+    model, prompts = model_of(family), BATCHES["unequal"]
+    for settings in PRUNERS[pruner].settings:
+        with vlmprune.prune(model, pruner, **settings) as session:
+            together = generate(model, family.inputs(prompts))
+            report = session.last
+            for row, prompt in enumerate(prompts):
+                alone = generate(model, family.inputs([prompt]))
+                items = [item for item in report.items if item.sample == row]
+                assert len(items) == len(session.last.items)
+                for mine, its in zip(items, session.last.items):
+                    assert torch.equal(mine.kept, its.kept)
+                for step in range(STEPS):
+                    torch.testing.assert_close(
+                        together.logits[step][row], alone.logits[step][0], atol=1e-4, rtol=0
+                    )
+
+
+def snapshot(model: Any) -> dict[str, Any]:
+    return {
+        name: (type(module), set(vars(module)), len(module._forward_pre_hooks), len(module._forward_hooks))
+        for name, module in model.named_modules()
+    }
+
+
+@every_family
+@every_pruner
+def test_no_trace(family: FamilyCase, pruner: str) -> None:
+    """Law 4: hooks, attributes, classes and outputs are as before, also after an exception in the block or the model."""
+    model, inputs = model_of(family), family.inputs(BATCHES["unequal"])
+    before, logits = snapshot(model), generate(model, inputs).logits
+    session = vlmprune.prune(model, pruner, keep=0.3)
+    with pytest.raises(ValueError, match="close"):
+        vlmprune.prune(model, pruner, keep=0.3)
+    generate(model, inputs)
+    session.close()
+    session.close()
+    assert snapshot(model) == before
+    with pytest.raises(ZeroDivisionError), vlmprune.prune(model, pruner, keep=0.3):
+        generate(model, inputs)
+        raise ZeroDivisionError
+    assert snapshot(model) == before
+    broken = {**inputs, "input_ids": inputs["input_ids"][:, 1:], "attention_mask": inputs["attention_mask"][:, 1:]}
+    broken["input_ids"] = torch.where(broken["input_ids"] == 99, 5, broken["input_ids"])
+    with pytest.raises(ValueError, match="placeholders"), vlmprune.prune(model, pruner, keep=0.3) as session:
+        generate(model, broken)
+    assert snapshot(model) == before
+    for mine, its in zip(generate(model, inputs).logits, logits):
+        assert torch.equal(mine, its)
+
+
+@every_family
+@every_pruner
+@every_batch
+def test_truth(family: FamilyCase, pruner: str, batch: str) -> None:
+    """Laws 5 and 6: the report is what the model saw; text stays; indices are ascending, unique, in range."""
+    model, inputs = model_of(family), family.inputs(BATCHES[batch])
+    for settings in PRUNERS[pruner].settings:
+        with vlmprune.prune(model, pruner, **settings) as session:
+            out = generate(model, inputs)
+        report, cache = session.last, out.past_key_values
+        spans = [(item.sample, item.start, item.tokens_before) for item in report.items]
+        expected = [
+            (row, column, family.tokens_per_image)
+            for row, ids in enumerate(inputs["input_ids"])
+            for column in (ids == 99).nonzero().flatten()[:: family.tokens_per_image].tolist()
+        ]
+        assert spans == expected
+        for item in report.items:
+            wanted = vlmprune.create_pruner(pruner, **settings).budget([item.tokens_before])[0]
+            assert item.tokens_after == len(item.kept) == wanted < item.tokens_before
+            assert item.kept.dtype == torch.int64
+            assert (item.kept[1:] > item.kept[:-1]).all()
+            assert 0 <= item.kept[0]
+            assert item.kept[-1] < item.tokens_before
+        lost = dropped_of(report, inputs)
+        text = inputs["attention_mask"].bool() & ~lost
+        longest = int(text.sum(1).max())
+        if report.changed:
+            for row, columns in enumerate(report.columns):
+                assert torch.equal(columns[columns >= 0], text[row].nonzero().flatten())
+            assert report.layer_tokens == (longest,) * 3
+            for layer in cache.layers:
+                assert layer.keys.shape[-2] == longest + STEPS - 1
+                assert layer.get_seq_length() == inputs["input_ids"].shape[1] + STEPS - 1
+            per_token = 2 * layer.keys.shape[1] * layer.keys.shape[3] * 4
+            assert report.kv_bytes == [len(text) * longest * per_token] * 3
+            assert report.flops_pruned < report.flops_full
+            assert report.kv_bytes_pruned < report.kv_bytes_full
+        else:
+            assert batch == "text"
+            assert not report.items
+
+
+@every_family
+@every_pruner
+def test_divergence(family: FamilyCase, pruner: str) -> None:
+    """Law 5: below keep=1 the logits really change."""
+    model, inputs = model_of(family), family.inputs(BATCHES["one"])
+    with torch.no_grad():
+        full = model(**inputs).logits[:, -1]
+    logits, report = prefill(model, vlmprune.create_pruner(pruner, keep=0.3), inputs)
+    assert report.changed
+    assert (logits[:, -1] - full).abs().max() > 1e-3
+
+
+@every_family
+@every_pruner
+def test_determinism(family: FamilyCase, pruner: str) -> None:
+    """Law 7: the same input keeps the same tokens, call after call."""
+    model, inputs = model_of(family), family.inputs(BATCHES["unequal"])
+    kept = []
+    for _ in range(3):
+        _, report = prefill(model, vlmprune.create_pruner(pruner, keep=0.3), inputs)
+        kept.append([item.kept.tolist() for item in report.items])
+    assert kept[0] == kept[1] == kept[2]
+
+
+@every_pruner
+def test_attention_choice_is_kept(pruner: str) -> None:
+    """Law 8: the user's attention implementation is never changed."""
+    family = FAMILIES["llava-clip-llama"]
+    for attention in ("eager", "sdpa"):
+        model = model_of(family, attention)
+        with vlmprune.prune(model, pruner, keep=0.3):
+            generate(model, family.inputs(BATCHES["one"]))
+            assert {module.config._attn_implementation for module in model.modules() if hasattr(module, "config")} == {
+                attention
+            }
+
+
+def test_warnings_are_not_raised_by_ordinary_use() -> None:
+    family = FAMILIES["llava-clip-llama"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with vlmprune.prune(model_of(family), "divprune", keep=0.3):
+            generate(model_of(family), family.inputs(BATCHES["unequal"]))
