@@ -6,7 +6,7 @@ import math
 import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar, Literal, TypeAlias
 
@@ -70,6 +70,10 @@ class Geometry:
             col=torch.cat([blank, cell % cols]),
             grids=((rows, cols),),
         )
+
+    def after(self, count: int) -> Geometry:
+        """The same item without its first `count` tokens."""
+        return replace(self, plane=self.plane[count:], row=self.row[count:], col=self.col[count:])
 
     @property
     def placeless(self) -> Tensor:
