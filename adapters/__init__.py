@@ -7,9 +7,23 @@ from typing import Any
 from torch import nn
 
 from vlmprune.adapters.base import Adapter
+from vlmprune.adapters.internvl import InternVLAdapter
 from vlmprune.adapters.llava import LlavaAdapter
+from vlmprune.adapters.llava_next import LlavaNextAdapter
+from vlmprune.adapters.llava_next_video import LlavaNextVideoAdapter
+from vlmprune.adapters.llava_onevision import LlavaOnevisionAdapter
+from vlmprune.adapters.qwen2_vl import Qwen2VLAdapter
+from vlmprune.adapters.qwen3_vl import Qwen3VLAdapter
 
-FAMILIES: tuple[type[Adapter], ...] = (LlavaAdapter,)
+FAMILIES: tuple[type[Adapter], ...] = (
+    LlavaAdapter,
+    LlavaNextAdapter,
+    LlavaNextVideoAdapter,
+    LlavaOnevisionAdapter,
+    Qwen2VLAdapter,
+    Qwen3VLAdapter,
+    InternVLAdapter,
+)
 
 
 def unwrap(model: Any) -> Any:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from types import MethodType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from vlmprune.contract import Geometry, Item
 
@@ -19,12 +22,14 @@ class Adapter(ABC):
     Class attributes:
         family: the name people use.
         model_types: values of `config.model_type` that it serves.
+        modalities: "image", "video": what has a `get_*_features` method and a placeholder `config.*_token_id`.
         signals: what pruners may ask for besides `features`.
         positions: position policies that make sense for the family.
     """
 
     family: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]
+    modalities: ClassVar[tuple[str, ...]] = ("image",)
     signals: ClassVar[frozenset[str]] = frozenset()
     positions: ClassVar[frozenset[str]] = frozenset({"original", "compact"})
 
@@ -34,6 +39,8 @@ class Adapter(ABC):
         self.core: nn.Module = model if hasattr(model, "language_model") else model.model  # type: ignore[assignment]
         self.language_model: nn.Module = self.core.language_model  # type: ignore[assignment]
         self.config: Any = model.config
+        self._encoded = WeakTensorKeyDictionary()  # features of one item, or of several that look alike -> Geometry
+        self._alike: dict[tuple[str, int], Geometry] = {}  # (modality, tokens) -> Geometry, where items look alike
         self.check()
 
     def check(self) -> None:
@@ -49,6 +56,14 @@ class Adapter(ABC):
         return {**bound, **bound.pop("kwargs", {})}
 
     @abstractmethod
+    def geometries(self, modality: str, call: dict[str, Any]) -> list[Geometry]:
+        """Geometry of each image (or video) whose pixels a call brings, in order; empty where it brings none.
+
+        Args:
+            modality: one of `modalities`.
+            call: arguments by name, of `core` or of its `get_image_features` or `get_video_features`.
+        """
+
     def items(self, call: dict[str, Any]) -> list[Item]:
         """The images and videos of one call of `core`, in prompt order over the batch.
 
@@ -59,11 +74,67 @@ class Adapter(ABC):
         Raises:
             ValueError: placeholders in the prompt and visual features do not fit.
         """
+        items: list[Item] = []
+        for modality in self.modalities:
+            if geometries := self.brought(modality, call):
+                mask = self.placeholders(call, getattr(self.config, f"{modality}_token_id"))
+                items += split_items(mask, geometries)
+        return sorted(items, key=lambda item: (item.sample, item.start))
 
-    def image_counts(self, call: dict[str, Any]) -> list[int] | None:
-        """Tokens of each pre-encoded image of the call, None where the call brings pixels or no image."""
-        encoded = (call.get("mm_encoder_outputs") or {}).get("image")
-        return None if encoded is None else [len(rows) for rows in encoded.pooler_output]
+    def brought(self, modality: str, call: dict[str, Any]) -> list[Geometry]:
+        """Geometry of each image (or video) of a call of `core`, brought as pixels or as encoded features."""
+        output = (call.get("mm_encoder_outputs") or {}).get(modality)
+        if output is None:
+            return self.geometries(modality, call)
+        rows = output.pooler_output
+        if isinstance(rows, Tensor):
+            alike = self._encoded.get(rows) or self._alike.get((modality, rows.shape[1]))
+            found = [alike] * len(rows)
+        else:
+            found = [self._encoded.get(each) for each in rows]
+        if None in found:
+            raise ValueError(
+                f"these {modality} features were encoded before the session began, or were cut since "
+                "(prefill_chunk_size): give the model the pixels, or encode them inside the session."
+            )
+        return found  # type: ignore[return-value]
+
+    def watch(self) -> Watch:
+        """Remember the geometry of what is encoded from now on, until the result is removed.
+
+        generate() encodes first and then calls `core` without pixels, sizes and grids.
+        """
+        if "mm_encoder_outputs" not in inspect.signature(type(self.core).forward).parameters:
+            return Watch(self.core, {})
+        methods = {f"get_{modality}_features": self._watched(modality) for modality in self.modalities}
+        return Watch(self.core, methods)
+
+    def _watched(self, modality: str) -> MethodType:
+        plain = getattr(self.core, f"get_{modality}_features").__func__
+
+        @functools.wraps(plain)
+        def encode(core: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            output = plain(core, *args, **kwargs)
+            rows = getattr(output, "pooler_output", None)
+            call = inspect.signature(plain).bind(core, *args, **kwargs).arguments
+            geometries = self.geometries(modality, {**call, **call.pop("kwargs", {})})
+            if isinstance(rows, Tensor):
+                self._encoded[rows] = self._alike[modality, rows.shape[1]] = geometries[0]
+            elif rows is not None:
+                for each, geometry in zip(rows, geometries, strict=True):
+                    self._encoded[each] = geometry
+            return output
+
+        return MethodType(encode, self.core)
+
+    def cut(self, kwargs: dict[str, Any], columns: Tensor) -> dict[str, Any]:
+        """Arguments of the language model with those of this family's own that run along the sequence cut.
+
+        Args:
+            kwargs: all arguments of the call, uncut.
+            columns: int64 [B, P], original column of every position left, -1 for padding.
+        """
+        return kwargs
 
     def placeholders(self, call: dict[str, Any], token_id: int) -> Tensor:
         """bool [B, S] on the CPU: columns that hold the placeholder `token_id`."""
@@ -75,28 +146,49 @@ class Adapter(ABC):
         return (embeds == row).all(-1).cpu()
 
 
-def split_items(mask: Tensor, counts: Sequence[int], geometries: Sequence[Geometry]) -> list[Item]:
-    """Cut the placeholder columns (bool [B, S], on the CPU) into items of the given token counts, in prompt order.
+class Watch:
+    """Methods put over an object's own; `remove()` takes them off again."""
+
+    def __init__(self, owner: nn.Module, methods: dict[str, MethodType]) -> None:
+        self.owner = owner
+        self.before = {name: vars(owner).get(name) for name in methods}
+        vars(owner).update(methods)
+
+    def remove(self) -> None:
+        for name, method in self.before.items():
+            if method is None:
+                vars(self.owner).pop(name, None)
+            else:
+                vars(self.owner)[name] = method
+        self.before = {}
+
+
+def split_items(mask: Tensor, geometries: Sequence[Geometry]) -> list[Item]:
+    """Cut the placeholder columns (bool [B, S], on the CPU) into items of these geometries, in prompt order.
 
     Raises:
-        ValueError: the columns do not divide into these counts, or an item is not contiguous.
+        ValueError: the columns do not divide into these items.
     """
     items: list[Item] = []
-    queue = iter(zip(counts, geometries))
+    queue = iter(geometries)
     for sample, row in enumerate(mask):
-        columns = row.nonzero().flatten().tolist()
+        columns = row.nonzero().flatten()
         at = 0
         while at < len(columns):
-            count, geometry = next(queue, (0, None))
-            if geometry is None or at + count > len(columns):
+            geometry = next(queue, None)
+            if geometry is None or at + len(geometry) > len(columns):
                 raise ValueError(
                     f"row {sample} has {len(columns)} visual placeholders, which its images' token counts do not divide"
                 )
-            start = columns[at]
-            if count and columns[at + count - 1] != start + count - 1:
-                raise ValueError(f"the visual tokens of an image in row {sample} are not contiguous")
-            items.append(Item(sample, start, count, geometry))
-            at += count
+            items.append(item_at(sample, columns[at : at + len(geometry)], geometry))
+            at += len(geometry)
     if next(queue, None) is not None:
         raise ValueError("the call brings more images than the prompt has placeholders for")
     return items
+
+
+def item_at(sample: int, columns: Tensor, geometry: Geometry) -> Item:
+    """The item whose tokens stand in these columns (int64 [N], ascending)."""
+    start, length = int(columns[0]), len(columns)
+    gaps = int(columns[-1]) - start + 1 != length
+    return Item(sample, start, length, geometry, columns if gaps else None)

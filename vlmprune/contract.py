@@ -47,10 +47,14 @@ class Geometry:
     """Where each of an item's N visual tokens sits in the picture.
 
     Attributes:
-        plane: int64 [N], number of the tile or frame that the token belongs to.
+        plane: int64 [N], number of the picture (a frame, a thumbnail, a picture put together from tiles) that the
+            token belongs to.
         row, col: int64 [N], cell inside that plane's grid; -1 for tokens that show no place.
         grids: (rows, columns) of every plane.
         kind: "image" or "video".
+        pictures: (rows, columns) of the patches of every picture that passed the vision tower for this item.
+        tile: int64 [N], number of the picture that a token came from, where planes are put together from several; -1
+            for tokens that came from none. None: every plane is one picture.
     """
 
     plane: Tensor
@@ -58,22 +62,44 @@ class Geometry:
     col: Tensor
     grids: tuple[tuple[int, int], ...]
     kind: Literal["image", "video"] = "image"
+    pictures: tuple[tuple[int, int], ...] = ()
+    tile: Tensor | None = None
 
     @classmethod
-    def grid(cls, rows: int, cols: int, *, prefix: int = 0) -> Geometry:
-        """One plane of rows x cols tokens in raster order, after `prefix` tokens that show no place (a CLS token)."""
-        cell = torch.arange(rows * cols)
-        blank = torch.full((prefix,), -1)
+    def grid(
+        cls,
+        rows: int,
+        cols: int,
+        *,
+        planes: int = 1,
+        prefix: int = 0,
+        suffix: int = 0,
+        kind: Literal["image", "video"] = "image",
+        patches: tuple[int, int] | None = None,
+    ) -> Geometry:
+        """Planes of rows x cols tokens in raster order, one after the other.
+
+        Args:
+            prefix: tokens without a place before each plane (a CLS token).
+            suffix: tokens without a place after the last plane (a line break).
+            patches: patch grid of each plane in the vision tower; None: rows x cols.
+        """
+        cell = torch.arange(-prefix, rows * cols).repeat(planes)
+        cell = torch.cat([cell, torch.full((suffix,), -1)])
+        each = torch.arange(planes).repeat_interleave(prefix + rows * cols)
         return cls(
-            plane=torch.zeros(prefix + rows * cols, dtype=torch.int64),
-            row=torch.cat([blank, cell // cols]),
-            col=torch.cat([blank, cell % cols]),
-            grids=((rows, cols),),
+            plane=torch.cat([each, torch.full((suffix,), planes - 1)]),
+            row=torch.where(cell < 0, -1, cell // cols),
+            col=torch.where(cell < 0, -1, cell % cols),
+            grids=((rows, cols),) * planes,
+            kind=kind,
+            pictures=(patches or (rows, cols),) * planes,
         )
 
     def after(self, count: int) -> Geometry:
         """The same item without its first `count` tokens."""
-        return replace(self, plane=self.plane[count:], row=self.row[count:], col=self.col[count:])
+        tile = None if self.tile is None else self.tile[count:]
+        return replace(self, plane=self.plane[count:], row=self.row[count:], col=self.col[count:], tile=tile)
 
     @property
     def placeless(self) -> Tensor:
@@ -86,12 +112,31 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Item:
-    """One image or video in one row of the sequence of this forward call; `start` counts from the call's first column."""
+    """One image or video in one row of the sequence of this forward call; columns count from the call's first.
+
+    Attributes:
+        sample: row of the batch.
+        start: column of the first visual token.
+        length: number of visual tokens.
+        columns: int64 [length] on the CPU, ascending, column of every token, where text stands between them (the time
+            stamps of a Qwen3-VL video); None: they follow each other.
+    """
 
     sample: int
     start: int
     length: int
     geometry: Geometry
+    columns: Tensor | None = None
+
+    @property
+    def where(self) -> slice | Tensor:
+        """Index of the item's columns in its row."""
+        return slice(self.start, self.start + self.length) if self.columns is None else self.columns
+
+    @property
+    def stop(self) -> int:
+        """Column behind the last visual token."""
+        return self.start + self.length if self.columns is None else int(self.columns[-1]) + 1
 
 
 @dataclass

@@ -11,11 +11,16 @@ acts inside the decoder leaves later layers shorter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from vlmprune.vision_flops import FAMILIES, TOWERS, Grid, attention, linear
+
 Counts = int | Sequence[int]
+Pictures = int | Sequence[Grid]
+"""What passes the vision tower: patch grids (rows, columns), or a number of pictures of the config's size."""
 
 
 class Budgeted(Protocol):
@@ -113,7 +118,7 @@ def estimate_flops(
     text_tokens: int,
     visual_tokens: Counts,
     pruner: Budgeted | None = None,
-    images: int | None = None,
+    images: Pictures | None = None,
     batch: int = 1,
     logits_tokens: int = 1,
     element_bytes: int | None = None,
@@ -125,7 +130,9 @@ def estimate_flops(
         text_tokens: tokens of the prompt that are not visual, per row.
         visual_tokens: visual tokens of the prompt's image, or one count per item; 0 for a prompt without image.
         pruner: anything with `budget(counts) -> counts`; None prunes nothing.
-        images: pictures that pass the vision tower, per row; by default one per item.
+        images: pictures that pass the vision tower, per row: patch grids, or a number of those of the config's size. By
+            default as many as an item's count tells, at least; where images come in any size or lose tokens before the
+            boundary (Qwen-VL's windows, LLaVA-NeXT's padding) only the grids are exact.
         batch: rows, all alike.
         logits_tokens: positions per row that pass the head; `generate()` asks for the last one only.
         element_bytes: bytes of one KV-cache element; by default those of the model's or config's dtype (4 if unset).
@@ -139,6 +146,9 @@ def estimate_flops(
     counts = [count for count in counts if count]
     kept = counts if pruner is None or not counts else [int(count) for count in pruner.budget(counts)]
     config = resolve_config(model_or_config)
+    if images is None:
+        images = [grid for count in counts for grid in FAMILIES[config.model_type].pictures(config, count)]
+    images = images * batch if isinstance(images, int) else list(images) * batch
     if element_bytes is None:
         element_bytes = _element_bytes(model_or_config, config)
 
@@ -147,7 +157,7 @@ def estimate_flops(
             prefill_flops(
                 config,
                 layer_tokens=tokens,
-                images=batch * (len(counts) if images is None else images),
+                images=images,
                 batch=batch,
                 logits_tokens=logits_tokens,
             ),
@@ -165,7 +175,8 @@ def prefill_flops(
     model_or_config: Any,
     *,
     layer_tokens: Counts,
-    images: int = 0,
+    images: Pictures = 0,
+    frames: Pictures = 0,
     batch: int = 1,
     logits_tokens: int = 1,
     cached_tokens: Counts = 0,
@@ -175,7 +186,8 @@ def prefill_flops(
     Args:
         model_or_config: see `estimate_flops`.
         layer_tokens: positions per row that each decoder layer computes, padding included; an int means all layers.
-        images: pictures that pass the vision tower, over the whole batch.
+        images: images and tiles that pass the vision tower, over the whole batch.
+        frames: pictures of videos that do.
         batch: rows.
         logits_tokens: positions per row that pass the head: 1 in `generate()`, all of them in a plain `forward()`.
         cached_tokens: keys per row that each layer already holds (a second turn, a decode step).
@@ -185,14 +197,17 @@ def prefill_flops(
     """
     config = resolve_config(model_or_config)
     text = config.text_config
-    tower, projector = _FAMILIES[config.model_type](config)
+    of_images, of_frames = _vision(config, images, False), _vision(config, frames, True)
     queries = _per_layer(layer_tokens, text, "layer_tokens")
     cached = _per_layer(cached_tokens, text, "cached_tokens")
     return Flops(
-        vision_tower=images * tower,
-        projector=images * projector,
-        layers=tuple(_decoder_layer(text, q, q + past, batch) for q, past in zip(queries, cached, strict=True)),
-        lm_head=_linear(batch * logits_tokens, text.hidden_size, text.vocab_size),
+        vision_tower=of_images[0] + of_frames[0],
+        projector=of_images[1] + of_frames[1],
+        layers=tuple(
+            _decoder_layer(text, layer, q, q + past, batch)
+            for layer, (q, past) in enumerate(zip(queries, cached, strict=True))
+        ),
+        lm_head=linear(batch * logits_tokens, text.hidden_size, text.vocab_size),
     )
 
 
@@ -220,11 +235,11 @@ def resolve_config(model_or_config: Any) -> Any:
     model = model_or_config.get_base_model() if hasattr(model_or_config, "get_base_model") else model_or_config
     config = getattr(model, "config", model)
     family = getattr(config, "model_type", type(config).__name__)
-    if family not in _FAMILIES:
-        raise ValueError(f"No FLOPs model for '{family}'; supported model types: {', '.join(sorted(_FAMILIES))}.")
+    if family not in FAMILIES:
+        raise ValueError(f"No FLOPs model for '{family}'; supported model types: {', '.join(sorted(FAMILIES))}.")
     vision, text = config.vision_config.model_type, config.text_config.model_type
-    if vision not in _TOWERS:
-        raise ValueError(f"No FLOPs model for the vision tower '{vision}'; supported: {', '.join(sorted(_TOWERS))}.")
+    if vision not in TOWERS:
+        raise ValueError(f"No FLOPs model for the vision tower '{vision}'; supported: {', '.join(sorted(TOWERS))}.")
     if text not in _DECODERS:
         raise ValueError(f"No FLOPs model for the language model '{text}'; supported: {', '.join(sorted(_DECODERS))}.")
     return config
@@ -248,76 +263,36 @@ def _scaled(value: float, base: int, units: Sequence[str]) -> str:
     return f"{value:.3g} {units[-1]}"
 
 
-def _linear(rows: int, inputs: int, outputs: int) -> int:
-    return 2 * rows * inputs * outputs
+def _vision(config: Any, pictures: Pictures, video: bool) -> tuple[int, int]:
+    """FLOPs of (tower, projector) over all these pictures."""
+    family, tower, projector = FAMILIES[config.model_type], 0, 0
+    if isinstance(pictures, int):
+        pictures = family.pictures(config, 1)[:1] * pictures
+    for grid, times in Counter(pictures).items():
+        each = family.cost(config, grid, video)
+        tower, projector = tower + times * each[0], projector + times * each[1]
+    return tower, projector
 
 
-def _attention(batch: int, heads: int, head_dim: int, queries: int, keys: int) -> int:
-    """Scores and weighted sum, every query against every key."""
-    return 2 * 2 * batch * heads * queries * keys * head_dim
-
-
-def _encoder(config: Any, tokens: int) -> int:
-    """All layers of a plain vision transformer over one picture.
-
-    The layers behind `vision_feature_layer` run too: the tower returns hidden states, it does not stop early.
-    """
-    width = config.hidden_size
-    layer = 4 * _linear(tokens, width, width) + 2 * _linear(tokens, width, config.intermediate_size)
-    heads = config.num_attention_heads
-    return config.num_hidden_layers * (layer + _attention(1, heads, width // heads, tokens, tokens))
-
-
-def _patches(config: Any) -> tuple[int, int]:
-    """Patches of one picture and the FLOPs of the convolution that embeds them."""
-    (height, width), (patch_h, patch_w) = _pair(config.image_size), _pair(config.patch_size)
-    patches = (height // patch_h) * (width // patch_w)
-    return patches, _linear(patches, config.num_channels * patch_h * patch_w, config.hidden_size)
-
-
-def _clip_tower(config: Any) -> tuple[int, int]:
-    """(output tokens, FLOPs) of one picture; a CLS token runs along."""
-    patches, embedding = _patches(config)
-    return patches + 1, embedding + _encoder(config, patches + 1)
-
-
-def _siglip_tower(config: Any) -> tuple[int, int]:
-    """(output tokens, FLOPs) of one picture; the attention-pooling head runs although LLaVA discards its output."""
-    patches, embedding = _patches(config)
-    head = 0
-    if getattr(config, "vision_use_head", True):
-        width, heads = config.hidden_size, config.num_attention_heads
-        head = 2 * _linear(patches, width, width) + 2 * _linear(1, width, width)
-        head += _attention(1, heads, width // heads, 1, patches) + 2 * _linear(1, width, config.intermediate_size)
-    return patches, embedding + _encoder(config, patches) + head
-
-
-def _llava(config: Any) -> tuple[int, int]:
-    """(vision tower, projector) FLOPs of one picture."""
-    vision, width = config.vision_config, config.text_config.hidden_size
-    tokens, tower = _TOWERS[vision.model_type](vision)
-    rows = tokens - (config.vision_feature_select_strategy == "default")
-    layers = config.vision_feature_layer
-    inputs = vision.hidden_size * (1 if isinstance(layers, int) else len(layers))
-    return tower, _linear(rows, inputs, width) + _linear(rows, width, width)
-
-
-def _decoder_layer(text: Any, queries: int, keys: int, batch: int) -> LayerFlops:
+def _decoder_layer(text: Any, layer: int, queries: int, keys: int, batch: int) -> LayerFlops:
     heads, kv_heads, head_dim = _heads(text)
     rows, width = batch * queries, text.hidden_size
+    mlp = 3 * linear(rows, width, text.intermediate_size)
+    experts = getattr(text, "num_experts", 0)
+    if experts and layer not in text.mlp_only_layers and (layer + 1) % text.decoder_sparse_step == 0:
+        mlp = linear(rows, width, experts)
+        mlp += 3 * linear(rows * text.num_experts_per_tok, width, text.moe_intermediate_size)
     return LayerFlops(
-        projections=2 * _linear(rows, width, heads * head_dim) + 2 * _linear(rows, width, kv_heads * head_dim),
-        attention=_attention(batch, heads, head_dim, queries, keys),
-        mlp=3 * _linear(rows, width, text.intermediate_size),
+        projections=2 * linear(rows, width, heads * head_dim) + 2 * linear(rows, width, kv_heads * head_dim),
+        attention=attention(batch, heads, head_dim, queries, keys),
+        mlp=mlp,
     )
 
 
-_FAMILIES: dict[str, Callable[[Any], tuple[int, int]]] = {"llava": _llava}
-_TOWERS: dict[str, Callable[[Any], tuple[int, int]]] = {
-    "clip_vision_model": _clip_tower,
-    "siglip_vision_model": _siglip_tower,
-}
-_DECODERS = frozenset({"llama", "mistral", "qwen2", "qwen3"})  # softmax attention with GQA and a gated MLP, all layers
+# Softmax attention with GQA and a gated MLP (or experts that are one), all layers.
+_DECODERS = frozenset(
+    {"llama", "mistral", "qwen2", "qwen3", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text"}
+)
 
 
 def _heads(text: Any) -> tuple[int, int, int]:
@@ -338,10 +313,6 @@ def _per_layer(counts: Counts, text: Any, name: str) -> list[int]:
     if any(count < 0 for count in counts):
         raise ValueError(f"{name} must not be negative, got {min(counts)}.")
     return counts
-
-
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _element_bytes(model_or_config: Any, config: Any) -> int:
