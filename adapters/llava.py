@@ -22,7 +22,7 @@ class LlavaAdapter(Adapter):
 
     def items(self, call: dict[str, Any]) -> list[Item]:
         pixels, counts = call.get("pixel_values"), self.image_counts(call)
-        if pixels is None and not counts:
+        if pixels is None and counts is None:
             return []
         vision = self.config.vision_config
         height, width = (vision.image_size, vision.image_size) if pixels is None else pixels.shape[-2:]
@@ -32,6 +32,7 @@ class LlavaAdapter(Adapter):
         geometry = Geometry.grid(rows, cols, prefix=int(vision.model_type == "clip_vision_model"))
         if strategy == "default":
             geometry = geometry.after(1)
-        if counts is None:
+        if pixels is not None:
             counts = [len(geometry)] * len(pixels)
+        assert counts is not None
         return split_items(self.placeholders(call, self.config.image_token_id), counts, [geometry] * len(counts))

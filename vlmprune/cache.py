@@ -18,7 +18,7 @@ class PrunedLayer(CacheLayerMixin):
     on the wrapped layer and on the map alike, so beam search and reused caches stay exact.
     """
 
-    def __init__(self, inner: CacheLayerMixin) -> None:
+    def __init__(self, inner: Any) -> None:
         # No super().__init__(): it would set `keys` and `values`, which belong to the wrapped layer.
         self.inner = inner
         self.columns: Tensor | None = None
@@ -82,12 +82,12 @@ class PrunedLayer(CacheLayerMixin):
             self.columns = self.columns.index_select(0, beam_idx.to(self.columns.device))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.inner.batch_repeat_interleave(repeats)  # type: ignore[attr-defined]
+        self.inner.batch_repeat_interleave(repeats)
         if self.columns is not None:
             self.columns = self.columns.repeat_interleave(repeats, dim=0)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.inner.batch_select_indices(indices)  # type: ignore[attr-defined]
+        self.inner.batch_select_indices(indices)
         if self.columns is not None:
             self.columns = self.columns[indices.to(self.columns.device)]
 
@@ -167,7 +167,7 @@ def unwindowed(layer: DynamicSlidingWindowLayer) -> DynamicLayer:
     """
     plain, length = DynamicLayer(), layer.get_seq_length()
     if length:
-        if layer.keys is None or layer.keys.shape[-2] < length:
+        if layer.keys is None or layer.values is None or layer.keys.shape[-2] < length:
             raise ValueError("the sliding window of this cache is full: start a new conversation to prune an image")
         plain.update(layer.keys, layer.values)
     return plain

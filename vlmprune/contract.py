@@ -86,7 +86,7 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Item:
-    """One image or video in one row of the sequence of this forward call; `start` counts from the call's first column."""
+    """One image or video in one row of the sequence; `start` counts from the first column of the forward call."""
 
     sample: int
     start: int

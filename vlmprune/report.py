@@ -14,7 +14,7 @@ from vlmprune.flops import Flops, format_bytes, prefill_flops
 
 @dataclass(frozen=True)
 class StageReport:
-    """One place where an item lost tokens. `layer` 0 is the boundary; `kept` (int64, ascending) counts from its start."""
+    """One stage: before decoder `layer` (0 is the boundary) the item had `kept` left, int64, ascending, from its start."""
 
     layer: int
     kept: Tensor
