@@ -43,6 +43,24 @@ class Adapter(ABC):
     def text_config(self) -> Any:
         return self.config.get_text_config(decoder=True)
 
+    @property
+    def decoder_layers(self) -> Sequence[nn.Module]:
+        return self.language_model.layers  # type: ignore[return-value]
+
+    def rotary(self, hidden: Tensor, positions: Tensor) -> Any:
+        """(cos, sin) of `positions` [..., B, P], as the language model makes them for its layers."""
+        if positions.ndim == 3 and len(positions) == 4:  # M-RoPE with the text positions in front
+            positions = positions[1:]
+        return self.language_model.rotary_emb(hidden, positions)  # type: ignore[operator]
+
+    def cut(self, kwargs: dict[str, Any], columns: Tensor | None) -> dict[str, Any]:
+        """The language model's arguments with the family's own per-column ones cut.
+
+        Args:
+            columns: int64 [B, P], columns left at the boundary, -1 for padding; None: all.
+        """
+        return kwargs
+
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments of one call of `core` by name."""
         bound = inspect.signature(self.core.forward).bind_partial(*args, **kwargs).arguments

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import (
@@ -17,6 +17,8 @@ from transformers import (
     Qwen2Config,
     SiglipVisionConfig,
 )
+
+import vlmprune
 
 IMAGE, PAD, VOCAB = 99, 0, 100
 
@@ -136,15 +138,38 @@ FAMILIES = {
 }
 
 
+@dataclass(kw_only=True)
+class Staged(vlmprune.Pruner):
+    """Keeps the longest rows, a share of the item's original tokens behind each stage: tests the stages themselves."""
+
+    keep: vlmprune.Keep = 0.3
+    schedule: tuple[tuple[int, float], ...] = ((1, 0.5), (2, 0.2))
+
+    name: ClassVar[str] = "staged"
+
+    def layers(self, depth: int) -> tuple[int, ...]:
+        return tuple(layer for layer, _ in self.schedule)
+
+    def budget(self, counts: Sequence[int], layer: int = 0) -> list[int]:
+        return counts if self.keep == 1.0 else [round(dict(self.schedule)[layer] * count) for count in counts]
+
+    def select(self, tokens: vlmprune.VisualTokens, budget: torch.Tensor) -> vlmprune.Selection:
+        score = tokens.features.float().norm(dim=-1).masked_fill(~tokens.valid, -1)
+        index = score.sort(dim=1, descending=True, stable=True).indices[:, : int(budget.max())]
+        return vlmprune.Selection(index.masked_fill(torch.arange(index.shape[1]) >= budget[:, None], -1))
+
+
 @dataclass
 class PrunerCase:
     """A pruner and two settings of it, easy and hard, each with `keep` well below 1."""
 
     name: str
     settings: tuple[dict[str, Any], ...] = field(default=({"keep": 0.3}, {"keep": 4}))
+    cls: type[vlmprune.Pruner] | None = None
 
-    def __str__(self) -> str:
-        return self.name
+    def make(self, hard: bool = False, **changes: Any) -> vlmprune.Pruner:
+        fields = {**self.settings[hard], **changes}
+        return self.cls(**fields) if self.cls else vlmprune.create_pruner(self.name, **fields)
 
 
 PRUNERS = {
@@ -154,6 +179,8 @@ PRUNERS = {
         PrunerCase("pool"),
         PrunerCase("random", ({"keep": 0.3, "seed": 3}, {"keep": 4})),
         PrunerCase("uniform"),
+        # Two stages inside the decoder; the boundary and a stage that removes every visual token.
+        PrunerCase("staged", ({}, {"schedule": ((0, 0.5), (1, 0.25), (2, 0.0))}), Staged),
     )
 }
 

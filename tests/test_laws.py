@@ -9,6 +9,7 @@ import oracle
 import pytest
 import torch
 from cases import BATCHES, FAMILIES, PRUNERS, FamilyCase
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import vlmprune
 
@@ -35,13 +36,16 @@ def generate(model: Any, inputs: dict[str, Any], **kwargs: Any) -> Any:
     return model.generate(**inputs, **options)
 
 
-def dropped_of(report: Any, inputs: dict[str, Any]) -> torch.Tensor:
-    """bool [B, S]: the columns that the report says are gone."""
-    dropped = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
-    for item in report.items:
-        columns = torch.arange(item.tokens_before)
-        gone = columns[~torch.isin(columns, item.kept)]
-        dropped[item.sample, item.start + gone] = True
+def dropped_of(report: Any, inputs: dict[str, Any]) -> dict[int, torch.Tensor]:
+    """Layer -> bool [B, S]: the columns that the report says are gone from that layer on."""
+    dropped = oracle.everything_visible(inputs)
+    for layer in sorted({stage.layer for item in report.items for stage in item.stages}):
+        gone = torch.zeros_like(dropped[0])
+        for item in report.items:
+            (kept,) = (stage.kept for stage in item.stages if stage.layer == layer)
+            columns = torch.arange(item.tokens_before)
+            gone[item.sample, item.start + columns[~torch.isin(columns, kept)]] = True
+        dropped[layer] = gone
     return dropped
 
 
@@ -69,6 +73,9 @@ def prefill(model: Any, pruner: Any, inputs: dict[str, Any]) -> tuple[torch.Tens
 
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 every_pruner = pytest.mark.parametrize("pruner", PRUNERS)
+every_setting = pytest.mark.parametrize(
+    ("pruner", "hard"), [*((name, False) for name in PRUNERS), *((c.name, True) for c in PRUNERS.values() if c.cls)]
+)
 every_batch = pytest.mark.parametrize("batch", BATCHES)
 
 
@@ -84,7 +91,7 @@ def test_identity(family: FamilyCase, attention: str, dtype: torch.dtype) -> Non
             logits = model(**inputs).logits
         ids = generate(model, inputs).sequences
         for name in PRUNERS:
-            with torch.no_grad(), vlmprune.prune(model, name, keep=1.0) as session:
+            with torch.no_grad(), vlmprune.prune(model, PRUNERS[name].make(keep=1.0)) as session:
                 assert torch.equal(model(**inputs).logits, logits)
                 assert torch.equal(generate(model, inputs).sequences, ids)
             assert not session.last.changed
@@ -95,16 +102,16 @@ def test_identity(family: FamilyCase, attention: str, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("policy", ["original", "compact"])
 @every_batch
-@every_pruner
-def test_oracle(family: FamilyCase, attention: str, policy: str, batch: str, pruner: str) -> None:
+@every_setting
+def test_oracle(family: FamilyCase, attention: str, policy: str, batch: str, pruner: str, hard: bool) -> None:
     """Law 2: prefill and 8 decode steps equal the unpruned model with the dropped tokens masked."""
     model, inputs = model_of(family, attention), family.inputs(BATCHES[batch])
-    method = vlmprune.create_pruner(pruner, **PRUNERS[pruner].settings[0], positions=policy)
+    method = PRUNERS[pruner].make(hard, positions=policy)
     logits, report = prefill(model, method, inputs)
     with vlmprune.prune(model, method) as session:
         out = generate(model, inputs)
     dropped = dropped_of(session.last, inputs)
-    assert bool(dropped.any()) == (batch != "text") == session.last.changed
+    assert bool(dropped[max(dropped)].any()) == (batch != "text") == session.last.changed
     merged = merged_rows(model, inputs, session.last, pruner)
     forced = out.sequences[:, inputs["input_ids"].shape[1] :]
     full, scores = oracle.run(model, inputs, dropped, policy, STEPS - 1, forced, merged)
@@ -121,8 +128,8 @@ def test_oracle(family: FamilyCase, attention: str, policy: str, batch: str, pru
 def test_alone_or_together(family: FamilyCase, pruner: str) -> None:
     """Law 3: a prompt in a padded batch of unequal ones keeps the same tokens and says the same as alone."""
     model, prompts = model_of(family), BATCHES["unequal"]
-    for settings in PRUNERS[pruner].settings:
-        with vlmprune.prune(model, pruner, **settings) as session:
+    for hard in (False, True):
+        with vlmprune.prune(model, PRUNERS[pruner].make(hard)) as session:
             together = generate(model, family.inputs(prompts))
             report = session.last
             for row, prompt in enumerate(prompts):
@@ -130,7 +137,7 @@ def test_alone_or_together(family: FamilyCase, pruner: str) -> None:
                 items = [item for item in report.items if item.sample == row]
                 assert len(items) == len(session.last.items)
                 for mine, its in zip(items, session.last.items):
-                    assert torch.equal(mine.kept, its.kept)
+                    assert [stage.kept.tolist() for stage in mine.stages] == [s.kept.tolist() for s in its.stages]
                 for step in range(STEPS):
                     torch.testing.assert_close(
                         together.logits[step][row], alone.logits[step][0], atol=1e-4, rtol=0
@@ -150,20 +157,20 @@ def test_no_trace(family: FamilyCase, pruner: str) -> None:
     """Law 4: hooks, attributes, classes and outputs are as before, also after an exception in the block or the model."""
     model, inputs = model_of(family), family.inputs(BATCHES["unequal"])
     before, logits = snapshot(model), generate(model, inputs).logits
-    session = vlmprune.prune(model, pruner, keep=0.3)
+    session = vlmprune.prune(model, PRUNERS[pruner].make())
     with pytest.raises(ValueError, match="close"):
-        vlmprune.prune(model, pruner, keep=0.3)
+        vlmprune.prune(model, PRUNERS[pruner].make())
     generate(model, inputs)
     session.close()
     session.close()
     assert snapshot(model) == before
-    with pytest.raises(ZeroDivisionError), vlmprune.prune(model, pruner, keep=0.3):
+    with pytest.raises(ZeroDivisionError), vlmprune.prune(model, PRUNERS[pruner].make()):
         generate(model, inputs)
         raise ZeroDivisionError
     assert snapshot(model) == before
     broken = {**inputs, "input_ids": inputs["input_ids"][:, 1:], "attention_mask": inputs["attention_mask"][:, 1:]}
     broken["input_ids"] = torch.where(broken["input_ids"] == 99, 5, broken["input_ids"])
-    with pytest.raises(ValueError, match="placeholders"), vlmprune.prune(model, pruner, keep=0.3) as session:
+    with pytest.raises(ValueError, match="placeholders"), vlmprune.prune(model, PRUNERS[pruner].make()) as session:
         generate(model, broken)
     assert snapshot(model) == before
     for mine, its in zip(generate(model, inputs).logits, logits):
@@ -176,8 +183,9 @@ def test_no_trace(family: FamilyCase, pruner: str) -> None:
 def test_truth(family: FamilyCase, pruner: str, batch: str) -> None:
     """Laws 5 and 6: the report is what the model saw; text stays; indices are ascending, unique, in range."""
     model, inputs = model_of(family), family.inputs(BATCHES[batch])
-    for settings in PRUNERS[pruner].settings:
-        with vlmprune.prune(model, pruner, **settings) as session:
+    for hard in (False, True):
+        method = PRUNERS[pruner].make(hard)
+        with vlmprune.prune(model, method) as session:
             out = generate(model, inputs)
         report, cache = session.last, out.past_key_values
         spans = [(item.sample, item.start, item.tokens_before) for item in report.items]
@@ -188,29 +196,35 @@ def test_truth(family: FamilyCase, pruner: str, batch: str) -> None:
         ]
         assert spans == expected
         for item in report.items:
-            wanted = vlmprune.create_pruner(pruner, **settings).budget([item.tokens_before])[0]
-            assert item.tokens_after == len(item.kept) == wanted < item.tokens_before
-            assert item.kept.dtype == torch.int64
-            assert (item.kept[1:] > item.kept[:-1]).all()
-            assert 0 <= item.kept[0]
-            assert item.kept[-1] < item.tokens_before
-        lost = dropped_of(report, inputs)
-        text = inputs["attention_mask"].bool() & ~lost
-        longest = int(text.sum(1).max())
-        if report.changed:
-            for row, columns in enumerate(report.columns):
-                assert torch.equal(columns[columns >= 0], text[row].nonzero().flatten())
-            assert report.layer_tokens == (longest,) * 3
-            for layer in cache.layers:
-                assert layer.keys.shape[-2] == longest + STEPS - 1
-                assert layer.get_seq_length() == inputs["input_ids"].shape[1] + STEPS - 1
-            per_token = 2 * layer.keys.shape[1] * layer.keys.shape[3] * 4
-            assert report.kv_bytes == [len(text) * longest * per_token] * 3
-            assert report.flops_pruned < report.flops_full
-            assert report.kv_bytes_pruned < report.kv_bytes_full
-        else:
+            assert [stage.layer for stage in item.stages] == list(method.layers(3))
+            for stage in item.stages:
+                (wanted,) = method.budget([item.tokens_before], stage.layer)
+                assert len(stage.kept) == wanted < item.tokens_before
+                assert stage.kept.dtype == torch.int64
+                assert (stage.kept[1:] > stage.kept[:-1]).all()
+                assert ((stage.kept >= 0) & (stage.kept < item.tokens_before)).all()
+            assert item.tokens_after == wanted
+            assert len(item.kept) == (len(item.stages[0].kept) if item.stages[0].layer == 0 else item.tokens_before)
+        if not report.changed:
             assert batch == "text"
             assert not report.items
+            continue
+        dropped, real = dropped_of(report, inputs), inputs["attention_mask"].bool()
+        left = real & ~dropped[max(dropped)]
+        for row, columns in enumerate(report.columns):
+            assert torch.equal(columns[columns >= 0], left[row].nonzero().flatten())
+        for number, layer in enumerate(cache.layers):
+            gone = dropped[max(stage for stage in dropped if stage <= number)]
+            longest = int((real & ~gone).sum(1).max())
+            assert report.layer_tokens[number] == longest
+            assert layer.get_seq_length() == real.shape[1] + STEPS - 1
+            if isinstance(layer, DynamicSlidingWindowLayer):  # not pruned: transformers' own, which forgets
+                continue
+            assert layer.keys.shape[-2] == longest + STEPS - 1
+            per_token = 2 * layer.keys.shape[1] * layer.keys.shape[3] * 4
+            assert report.kv_bytes[number] == len(real) * longest * per_token
+        assert report.flops_pruned < report.flops_full
+        assert report.kv_bytes_pruned < report.kv_bytes_full
 
 
 @every_family
@@ -220,7 +234,7 @@ def test_divergence(family: FamilyCase, pruner: str) -> None:
     model, inputs = model_of(family), family.inputs(BATCHES["one"])
     with torch.no_grad():
         full = model(**inputs).logits[:, -1]
-    logits, report = prefill(model, vlmprune.create_pruner(pruner, keep=0.3), inputs)
+    logits, report = prefill(model, PRUNERS[pruner].make(), inputs)
     assert report.changed
     assert (logits[:, -1] - full).abs().max() > 1e-3
 
@@ -232,7 +246,7 @@ def test_determinism(family: FamilyCase, pruner: str) -> None:
     model, inputs = model_of(family), family.inputs(BATCHES["unequal"])
     kept = []
     for _ in range(3):
-        _, report = prefill(model, vlmprune.create_pruner(pruner, keep=0.3), inputs)
+        _, report = prefill(model, PRUNERS[pruner].make(), inputs)
         kept.append([item.kept.tolist() for item in report.items])
     assert kept[0] == kept[1] == kept[2]
 
@@ -243,7 +257,7 @@ def test_attention_choice_is_kept(pruner: str) -> None:
     family = FAMILIES["llava-clip-llama"]
     for attention in ("eager", "sdpa"):
         model = model_of(family, attention)
-        with vlmprune.prune(model, pruner, keep=0.3):
+        with vlmprune.prune(model, PRUNERS[pruner].make()):
             generate(model, family.inputs(BATCHES["one"]))
             assert {module.config._attn_implementation for module in model.modules() if hasattr(module, "config")} == {
                 attention

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import numbers
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, Literal, TypeAlias
 
@@ -75,6 +75,10 @@ class Geometry:
         """The same item without its first `count` tokens."""
         return replace(self, plane=self.plane[count:], row=self.row[count:], col=self.col[count:])
 
+    def take(self, index: Tensor) -> Geometry:
+        """The tokens at `index` (int64 [K], on the CPU)."""
+        return replace(self, plane=self.plane[index], row=self.row[index], col=self.col[index])
+
     @property
     def placeless(self) -> Tensor:
         """bool [N]: tokens without a place in the picture, such as line breaks between rows or a CLS token."""
@@ -99,18 +103,27 @@ class VisualTokens:
     """The visual tokens of every item of a batch, padded at the end to a common length.
 
     Attributes:
-        features: [I, N, D], what the language model would see; rows past an item's count are zero.
-        counts: number of tokens of each item.
-        geometry: one `Geometry` per item.
+        features: [I, N, D], what the language model sees: projected rows at the boundary, hidden states before a
+            decoder layer; rows past an item's count are zero.
+        counts: number of tokens of each item that are still there.
+        index: per item, int64 [N] on the features' device: which of its original tokens these are, ascending.
+        shapes: one `Geometry` per item, of all its original tokens.
         layer: decoder layer before which the choice is made; 0 is the boundary.
-        provider: computes a further signal by name, when asked for.
     """
 
     features: Tensor
     counts: tuple[int, ...]
-    geometry: tuple[Geometry, ...]
+    index: tuple[Tensor, ...]
+    shapes: tuple[Geometry, ...]
     layer: int = 0
-    provider: Callable[[str], Tensor] | None = field(default=None, repr=False)
+
+    @cached_property
+    def geometry(self) -> tuple[Geometry, ...]:
+        """Where each item's remaining tokens sit. Behind the boundary, asking for it waits for the GPU."""
+        return tuple(
+            shape if len(shape) == count else shape.take(index.cpu())
+            for shape, count, index in zip(self.shapes, self.counts, self.index)
+        )
 
     @cached_property
     def valid(self) -> Tensor:
@@ -140,7 +153,7 @@ class Pruner(ABC):
     Class attributes:
         name: the name it is registered under.
         paper: where it was published.
-        stage: where it acts ("boundary").
+        stage: where it acts, for people ("boundary", "decoder", ...).
         needs: signals beyond `features` without which it cannot run.
     """
 
@@ -157,10 +170,17 @@ class Pruner(ABC):
         if self.positions not in ("original", "compact"):
             raise ValueError(f'positions must be "original" or "compact", got {self.positions!r}')
 
-    def budget(self, counts: Sequence[int]) -> list[int]:
-        """Tokens to keep of items that have `counts` tokens."""
+    def layers(self, depth: int) -> tuple[int, ...]:
+        """Decoder layers, of `depth`, before which it chooses, ascending; 0 is the boundary."""
+        return (0,)
+
+    def budget(self, counts: Sequence[int], layer: int = 0) -> list[int]:
+        """Tokens that items which came with `counts` tokens have left behind the stage before `layer`."""
         return [budget(count, self.keep) for count in counts]
 
     @abstractmethod
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
-        """Choose `budget` (int64 [I], on the CPU) tokens of each item. Called only where something is to go."""
+        """Choose `budget` (int64 [I], on the CPU) tokens of each item; indices count within `tokens`.
+
+        Called at each of `layers`, with the items that are to lose some of their tokens there but not all.
+        """

@@ -1,4 +1,4 @@
-"""From what each item keeps to what each row keeps: which columns stay, in order, padding included. Tensors only."""
+"""From what each item keeps to what each row keeps: which positions stay, in order, padding included. Tensors only."""
 
 from __future__ import annotations
 
@@ -21,69 +21,82 @@ class Kept:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which columns of a call stay.
+    """Which positions of a sequence stay.
 
     Attributes:
-        columns: int64 [B, P], ascending in every row, -1 for padding.
+        index: int64 [B, P], ascending in every row, -1 for padding.
+        shown: bool [B, P] on the CPU, False for padding.
+        starts: where each item's first survivor is now.
         merged: (row, first position, rows [K, D]) to write after the gather.
-        padded: whether any entry is padding; known without looking at the device.
     """
 
-    columns: Tensor
+    index: Tensor
+    shown: Tensor
+    starts: tuple[int, ...]
     merged: tuple[tuple[int, int, Tensor], ...]
-    padded: bool
 
     def gather(self, rows: Tensor) -> Tensor:
-        """[B, S, ...] -> [B, P, ...]; padding repeats column 0."""
-        index = self.columns.clamp(min=0)
-        return rows[torch.arange(len(rows), device=rows.device)[:, None], index]
+        """[B, S, ...] -> [B, P, ...]; padding repeats position 0."""
+        return rows[torch.arange(len(rows), device=rows.device)[:, None], self.index.clamp(min=0)]
+
+    def apply(self, rows: Tensor) -> Tensor:
+        """`gather`, with merged rows in their places."""
+        rows = self.gather(rows)
+        for row, first, features in self.merged:
+            rows[row, first : first + len(features)] = features.to(rows.dtype)
+        return rows
 
 
-def plan_columns(
-    items: Sequence[Item], kept: Sequence[Kept | None], length: int, visible: Tensor, device: torch.device
-) -> Plan:
-    """Lay out what is left of a call.
+def plan_rows(items: Sequence[Item], kept: Sequence[Kept | None], shown: Tensor, device: torch.device) -> Plan:
+    """Lay out what is left of a sequence.
 
-    Text and whole items stay, masked columns go (rows are padded anew to the longest), on the side where the call's own
-    padding is.
+    Text and whole items stay, masked positions go; rows are padded anew to the longest, on the side where the sequence
+    had its padding.
 
     Args:
-        items, kept: the call's items and what stays of each (None: all).
-        length: columns of the call.
-        visible: bool [B, S] on the CPU, False for masked columns.
+        items: where each item's tokens are now.
+        kept: what stays of each (None: all).
+        shown: bool [B, S] on the CPU, False for masked positions.
     """
-    rows: list[Tensor] = []
-    slots: list[tuple[int, int, int]] = []  # (item, row, position in the row)
+    length = shown.shape[1]
     every = torch.arange(length)
-    for sample, row_visible in enumerate(visible):
-        pieces, cursor, at = [], 0, 0
+    rows: list[Tensor] = []
+    at = [0] * len(items)
+    for sample, row_shown in enumerate(shown):
+        pieces: list[Tensor] = []
+        cursor = filled = 0
         for number, item in enumerate(items):
-            choice = kept[number]
-            if item.sample != sample or choice is None:
+            if item.sample != sample:
                 continue
-            text = every[cursor : item.start][row_visible[cursor : item.start]]
-            slots.append((number, sample, at + len(text)))
-            pieces += [text, torch.full((len(choice.index),), item.start)]
-            at += len(text) + len(choice.index)
+            text = every[cursor : item.start][row_shown[cursor : item.start]]
+            choice = kept[number]
+            at[number] = filled + len(text)
+            if choice is None:
+                visual = every[item.start : item.start + item.length]
+            else:  # the survivors' own offsets are added on the device
+                visual = torch.full((len(choice.index),), item.start)
+            pieces += [text, visual]
+            filled += len(text) + len(visual)
             cursor = item.start + item.length
-        pieces.append(every[cursor:][row_visible[cursor:]])
+        pieces.append(every[cursor:][row_shown[cursor:]])
         rows.append(torch.cat(pieces))
     width = max(len(row) for row in rows)
-    pad_right = not bool(visible[:, -1].all())
-    columns = torch.full((len(rows), width), -1)
+    pad_right = not bool(shown[:, -1].all())
+    index = torch.full((len(rows), width), -1)
     shift = [0 if pad_right else width - len(row) for row in rows]
     for sample, row in enumerate(rows):
-        columns[sample, shift[sample] : shift[sample] + len(row)] = row
-    columns = columns.to(device, non_blocking=True)
+        index[sample, shift[sample] : shift[sample] + len(row)] = row
+    still_shown = index >= 0
+    index = index.to(device, non_blocking=True)
+    starts = tuple(shift[item.sample] + first for item, first in zip(items, at))
     merged = []
-    for number, sample, at in slots:
-        choice = kept[number]
-        assert choice is not None
-        first = shift[sample] + at
-        columns[sample, first : first + len(choice.index)] += choice.index
+    for item, first, choice in zip(items, starts, kept):
+        if choice is None:
+            continue
+        index[item.sample, first : first + len(choice.index)] += choice.index
         if choice.features is not None:
-            merged.append((sample, first, choice.features))
-    return Plan(columns, tuple(merged), padded=any(len(row) < width for row in rows))
+            merged.append((item.sample, first, choice.features))
+    return Plan(index, still_shown, starts, tuple(merged))
 
 
 def ascending(selection: Selection, counts: Sequence[int], budget: Tensor) -> Selection:
