@@ -50,6 +50,29 @@ class Adapter(ABC):
     def text_config(self) -> Any:
         return self.config.get_text_config(decoder=True)
 
+    @property
+    def decoder_layers(self) -> Sequence[nn.Module]:
+        return self.language_model.layers  # type: ignore[return-value]
+
+    @property
+    def earliest_stage(self) -> int:
+        """The first decoder layer, above 0, before which tokens may be dropped."""
+        return 1
+
+    def rotary(self, hidden: Tensor, positions: Tensor) -> Any:
+        """(cos, sin) of `positions` [..., B, P], as the language model makes them for its layers."""
+        if positions.ndim == 3 and len(positions) == 4:  # M-RoPE with the text positions in front
+            positions = positions[1:]
+        return self.language_model.rotary_emb(hidden, positions)  # type: ignore[operator]
+
+    def cut(self, kwargs: dict[str, Any], columns: Tensor | None) -> dict[str, Any]:
+        """The language model's arguments with the family's own per-column ones cut.
+
+        Args:
+            columns: int64 [B, P], columns left at the boundary, -1 for padding; None: all.
+        """
+        return kwargs
+
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments of one call of `core` by name."""
         bound = inspect.signature(self.core.forward).bind_partial(*args, **kwargs).arguments
@@ -127,15 +150,6 @@ class Adapter(ABC):
 
         return MethodType(encode, self.core)
 
-    def cut(self, kwargs: dict[str, Any], columns: Tensor) -> dict[str, Any]:
-        """Arguments of the language model with those of this family's own that run along the sequence cut.
-
-        Args:
-            kwargs: all arguments of the call, uncut.
-            columns: int64 [B, P], original column of every position left, -1 for padding.
-        """
-        return kwargs
-
     def placeholders(self, call: dict[str, Any], token_id: int) -> Tensor:
         """bool [B, S] on the CPU: columns that hold the placeholder `token_id`."""
         ids = call.get("input_ids")
@@ -190,5 +204,5 @@ def split_items(mask: Tensor, geometries: Sequence[Geometry]) -> list[Item]:
 def item_at(sample: int, columns: Tensor, geometry: Geometry) -> Item:
     """The item whose tokens stand in these columns (int64 [N], ascending)."""
     start, length = int(columns[0]), len(columns)
-    gaps = int(columns[-1]) - start + 1 != length
-    return Item(sample, start, length, geometry, columns if gaps else None)
+    span = int(columns[-1]) - start + 1
+    return Item(sample, start, length, geometry, None if span == length else columns, span)

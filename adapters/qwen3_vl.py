@@ -15,10 +15,15 @@ class Qwen3VLAdapter(Qwen2VLAdapter):
     family = "Qwen3-VL"
     model_types = ("qwen3_vl", "qwen3_vl_moe")
 
-    def cut(self, kwargs: dict[str, Any], columns: Tensor) -> dict[str, Any]:
+    @property
+    def earliest_stage(self) -> int:
+        """Behind the last layer that deepstack features are added to: they are all cut at the boundary."""
+        return max(1, len(self.config.vision_config.deepstack_visual_indexes))
+
+    def cut(self, kwargs: dict[str, Any], columns: Tensor | None) -> dict[str, Any]:
         """Deepstack: a layer's features are added to the visual columns, in the order of these over the batch."""
         visual = kwargs.get("visual_pos_masks")
-        if visual is None:
+        if visual is None or columns is None:
             return kwargs
         index = columns.clamp(min=0)
         left = visual.gather(1, index) & (columns >= 0)

@@ -5,6 +5,8 @@ imported only when a Triton backend runs.
 """
 
 from .cosine import pairwise_cosine
+from .coverage import coverage_select
+from .dpp import dpp_select
 from .max_min import max_min_select
 
-__all__ = ["max_min_select", "pairwise_cosine"]
+__all__ = ["coverage_select", "dpp_select", "max_min_select", "pairwise_cosine"]

@@ -7,15 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_common import pack, unpack_index
 from .triton_cosine import inverse_norms, pairwise_cosine
-
-
-@triton.jit
-def first_min(value, index):
-    """Index of the smallest fp32 value, the lowest index among equals: one integer reduction, hence deterministic."""
-    bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)  # -0.0 and 0.0 are equal
-    order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
-    return tl.min((order << 32) | index.to(tl.int64), axis=0) & 0xFFFFFFFF
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -54,7 +47,7 @@ def _greedy_kernel(
         row = tl.load(similarity + (b * n + current) * n + index, mask=valid, other=0.0)
         closeness = closeness + row if TOTAL else tl.maximum(closeness, row)
         closeness = tl.where(index == current, float("inf"), closeness)
-        current = first_min(closeness, index)
+        current = unpack_index(tl.max(pack(-closeness, index), axis=0))
 
 
 @triton.jit(do_not_specialize=["n", "d", "width", "t"])
@@ -62,11 +55,11 @@ def _step_kernel(
     x, inverse, closeness, counts, picks, slots, n, d, width, t, stride_xb, stride_xn, stride_xd,
     TOTAL: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Step t without stored similarities: a block of rows against the current pick, the winner by an atomic minimum."""
+    """Step t without stored similarities: a block of rows against the current pick, the winner by an atomic maximum."""
     b = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = rows < n
-    current = tl.load(slots + b * (width + 1) + t) & 0xFFFFFFFF
+    current = unpack_index(tl.load(slots + b * (width + 1) + t))
     if t < tl.load(counts + b):
         acc = tl.zeros((ROWS,), tl.float32)
         for start in range(0, d, COLS):
@@ -86,10 +79,8 @@ def _step_kernel(
         new = old + row if TOTAL else tl.maximum(old, row)
         new = tl.where(rows == current, float("inf"), new)
         tl.store(closeness + b * n + rows, new, mask=live)
-        bits = tl.where(new == 0.0, 0.0, new).to(tl.int32, bitcast=True)
-        order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
-        packed = tl.where(live, (order << 32) | rows, 0x7FFFFFFFFFFFFFFF)
-        tl.atomic_min(slots + b * (width + 1) + t + 1, tl.min(packed, axis=0))
+        packed = tl.where(live, pack(-new, rows), -0x7FFFFFFFFFFFFFFF)
+        tl.atomic_max(slots + b * (width + 1) + t + 1, tl.max(packed, axis=0))
         if tl.program_id(0) == 0:
             tl.store(picks + b * width + t, current)
 
@@ -133,8 +124,8 @@ def _select_on_the_fly(
     if mask is not None:
         closeness.masked_fill_(~mask, torch.inf)
         counts = torch.minimum(counts, mask.sum(1))
-    slots = torch.full((batch, width + 1), torch.iinfo(torch.int64).max, dtype=torch.int64, device=x.device)
-    slots[:, 0] = first
+    slots = torch.full((batch, width + 1), torch.iinfo(torch.int64).min, dtype=torch.int64, device=x.device)
+    slots[:, 0] = 0xFFFFFFFF - first
     rows, cols = 16, 256
     for t in range(width):
         _step_kernel[(triton.cdiv(n, rows), batch)](

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import (
@@ -57,6 +57,7 @@ class FamilyCase:
     build: Callable[[], PreTrainedModel]
     tokens: tuple[int, int, int]
     video_tokens: tuple[int, ...] = ()
+    positions: ClassVar[tuple[str, ...]] = ("original", "compact")
 
     def model(self, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         torch.manual_seed(0)
@@ -139,7 +140,8 @@ class LlavaNextCase(FamilyCase):
 
     def pixels(self, kind, numbers, generators, prompts):
         if kind == "video":
-            return {"pixel_values_videos": torch.stack([torch.randn(self.frames, 3, 16, 16, generator=g) for g in generators])}
+            videos = [torch.randn(self.frames, 3, 16, 16, generator=g) for g in generators]
+            return {"pixel_values_videos": torch.stack(videos)}
         tiles = torch.zeros(len(numbers), max(self.pictures), 3, 16, 16)
         for tile, number, generator in zip(tiles, numbers, generators):
             tile[: self.pictures[number]] = torch.randn(self.pictures[number], 3, 16, 16, generator=generator)
@@ -169,6 +171,7 @@ class QwenCase(FamilyCase):
     grids: tuple[tuple[int, int, int], ...] = ((1, 6, 8), (1, 4, 6), (1, 8, 6))
     video_grids: tuple[tuple[int, int, int], ...] = ((3, 4, 4), (2, 6, 4))
     stamps: bool = False  # a time stamp before every frame
+    positions: ClassVar[tuple[str, ...]] = ("original",)
 
     def part(self, kind, number, prompt):
         frames, rows, cols = (self.grids if kind == "image" else self.video_grids)[number]
@@ -186,9 +189,9 @@ class QwenCase(FamilyCase):
 
     def pixels(self, kind, numbers, generators, prompts):
         grids = torch.tensor([(self.grids if kind == "image" else self.video_grids)[number] for number in numbers])
-        pixels = torch.cat([torch.randn(int(grid.prod()), 3 * 2 * 4 * 4, generator=g) for grid, g in zip(grids, generators)])
+        patches = [torch.randn(int(grid.prod()), 3 * 2 * 4 * 4, generator=g) for grid, g in zip(grids, generators)]
         name = "pixel_values" if kind == "image" else "pixel_values_videos"
-        return {name: pixels, f"{kind}_grid_thw": grids}
+        return {name: torch.cat(patches), f"{kind}_grid_thw": grids}
 
 
 @dataclass
@@ -199,7 +202,8 @@ class InternVLCase(FamilyCase):
         return [START, *super().part(kind, number, prompt), END]
 
     def pixels(self, kind, numbers, generators, prompts):
-        tiles = [torch.randn(self.tokens[number] // 9, 3, 24, 24, generator=g) for number, g in zip(numbers, generators)]
+        counts = [self.tokens[number] // 9 for number in numbers]
+        tiles = [torch.randn(count, 3, 24, 24, generator=g) for count, g in zip(counts, generators)]
         return {"pixel_values": torch.cat(tiles)}
 
 
@@ -321,22 +325,18 @@ def qwen2_5_vl() -> PreTrainedModel:
     return qwen(Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig, {**vision, **windows})
 
 
-QWEN3_TOWER = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "out_hidden_size": 48,
-    "num_position_embeddings": 64,
-    "deepstack_visual_indexes": [0, 1],
-}
+QWEN3_TOWER = {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 48, "num_position_embeddings": 64}
 
 
 def qwen3_vl() -> PreTrainedModel:
-    return qwen(Qwen3VLForConditionalGeneration, Qwen3VLConfig, QWEN3_TOWER, head_dim=12)
+    vision = {**QWEN3_TOWER, "deepstack_visual_indexes": [1]}
+    return qwen(Qwen3VLForConditionalGeneration, Qwen3VLConfig, vision, head_dim=12)
 
 
 def qwen3_vl_moe() -> PreTrainedModel:
+    vision = {**QWEN3_TOWER, "deepstack_visual_indexes": [0, 2]}
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-    return qwen(Qwen3VLMoeForConditionalGeneration, Qwen3VLMoeConfig, QWEN3_TOWER, head_dim=12, **experts)
+    return qwen(Qwen3VLMoeForConditionalGeneration, Qwen3VLMoeConfig, vision, head_dim=12, **experts)
 
 
 def internvl() -> PreTrainedModel:

@@ -1,47 +1,65 @@
 """The slow truth: the unpruned model, in which dropped tokens are masked for every later query.
 
-Shares no code with the runtime. It runs the whole sequence at full length, without a cache, at every step.
+Shares no code with the runtime. It runs the whole sequence at full length, without a cache, at every step, and gives
+every decoder layer a mask and positions of its own.
 """
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 
+Dropped = dict[int, torch.Tensor]
+"""Layer -> bool [B, S]: columns that are gone from that layer on (0: from the start)."""
 
-@contextmanager
-def rows_replaced(model: Any, rows: list[tuple[int, int, torch.Tensor]]):
-    """Write merged rows ([D] at a sample and column) over the language model's inputs."""
 
+def everything_visible(inputs: dict[str, Any]) -> Dropped:
+    return {0: torch.zeros_like(inputs["input_ids"], dtype=torch.bool)}
+
+
+def _layer_hook(model: Any, layer: int, inputs: dict[str, Any], dropped: Dropped, policy: str) -> Any:
+    real = inputs["attention_mask"].bool()
+    gone = dropped[max(stage for stage in dropped if stage <= layer)]
+    alive = real & ~gone
+    length = real.shape[1]
+    steps = torch.arange(length)
+    allowed = (steps[None, :] <= steps[:, None])[None] & alive[:, None, :]
+    text = model.config.get_text_config()
+    size = getattr(text, "sliding_window", None)
+    types = getattr(text, "layer_types", None)
+    if size and (types is None or types[layer] == "sliding_attention"):
+        allowed = allowed & (steps[:, None] - steps[None, :] < size)[None]
+    positions = ((alive if policy == "compact" else real).long().cumsum(-1) - 1).clamp(min=0)
+    language_model = model.model.language_model
+
+    def write(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        hidden = args[0]
+        mask = torch.zeros(allowed.shape, dtype=hidden.dtype).masked_fill(~allowed, torch.finfo(hidden.dtype).min)
+        changed = {"attention_mask": mask[:, None]}
+        if policy == "compact":
+            changed["position_embeddings"] = language_model.rotary_emb(hidden, positions)
+        return args, {**kwargs, **changed}
+
+    return write
+
+
+def _rows_hook(rows: list[tuple[int, int, torch.Tensor]]) -> Any:
     def write(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         embeds = kwargs["inputs_embeds"].clone()
         for sample, column, row in rows:
             embeds[sample, column] = row
         return args, {**kwargs, "inputs_embeds": embeds}
 
-    inner = model.model if hasattr(model.model, "language_model") else model
-    handle = inner.language_model.register_forward_pre_hook(write, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def masks_and_positions(inputs: dict[str, Any], dropped: torch.Tensor, policy: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """2-D mask without the dropped columns (bool [B, S]), and position ids [B, S] under a policy."""
-    mask = inputs["attention_mask"].bool()
-    counted = mask & ~dropped if policy == "compact" else mask
-    positions = (counted.long().cumsum(-1) - 1).clamp(min=0)
-    return (mask & ~dropped).long(), positions
+    return write
 
 
 @torch.no_grad()
 def run(
     model: Any,
     inputs: dict[str, Any],
-    dropped: torch.Tensor,
+    dropped: Dropped,
     policy: str,
     steps: int,
     forced: torch.Tensor,
@@ -49,24 +67,34 @@ def run(
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Prefill logits [B, S, V], and logits [B, V] of the prefill's last token and of each of `steps` decode steps.
 
-    Step t is fed `forced[:, t]`.
+    Step t is fed `forced[:, t]`. `merged` holds rows ([D] at a sample and column) that replace the model's inputs.
     """
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    gone, scores = dropped, []
+    gone, scores = dict(dropped), []
     prefill = None
+    language_model = model.model.language_model
     for step in range(steps + 1):
-        full = {**inputs, "input_ids": ids, "attention_mask": mask}
-        hole, positions = masks_and_positions(full, gone, policy)
-        full.update(attention_mask=hole, position_ids=positions, use_cache=False)
-        with rows_replaced(model, merged):
+        full = {**inputs, "input_ids": ids, "attention_mask": mask, "use_cache": False}
+        with ExitStack() as hooks:
+            if merged:
+                hook = language_model.register_forward_pre_hook(_rows_hook(merged), with_kwargs=True)
+                hooks.callback(hook.remove)
+            for number, layer in enumerate(language_model.layers):
+                hook = layer.register_forward_pre_hook(_layer_hook(model, number, full, gone, policy), with_kwargs=True)
+                hooks.callback(hook.remove)
+            if policy == "original" and "mm_token_type_ids" not in full:  # M-RoPE: the model's own
+                full["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
             logits = model(**full).logits
         if prefill is None:
             prefill = logits
         # A prompt may end in an image: its answer starts from the last token that is left.
-        last = torch.where(hole.bool(), torch.arange(hole.shape[1]), -1).amax(1)
+        alive = mask.bool() & ~gone[max(gone)]
+        last = torch.where(alive, torch.arange(alive.shape[1]), -1).amax(1)
         scores.append(logits[torch.arange(len(logits)), last])
         if step < steps:
             ids = torch.cat([ids, forced[:, step : step + 1]], 1)
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-            gone = torch.cat([gone, torch.zeros_like(gone[:, :1])], 1)
+            if (types := inputs.get("mm_token_type_ids")) is not None:
+                inputs = {**inputs, "mm_token_type_ids": torch.cat([types, torch.zeros_like(types[:, :1])], 1)}
+            gone = {stage: torch.cat([g, torch.zeros_like(g[:, :1])], 1) for stage, g in gone.items()}
     return prefill, scores

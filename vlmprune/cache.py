@@ -18,20 +18,21 @@ class PrunedLayer(CacheLayerMixin):
     on the wrapped layer and on the map alike, so beam search and reused caches stay exact.
     """
 
-    def __init__(self, inner: CacheLayerMixin) -> None:
+    def __init__(self, inner: Any) -> None:
         # No super().__init__(): it would set `keys` and `values`, which belong to the wrapped layer.
         self.inner = inner
         self.columns: Tensor | None = None
         self.hidden = 0  # columns that were seen and are not held
         self.padded = False  # whether `columns` holds a -1
+        self.group = 0  # the first of the neighbouring layers that hold the same columns
         self.pending: tuple[Tensor, int] | None = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.inner!r}, hidden={self.hidden})"
 
-    def expect(self, columns: Tensor, seen: int, padded: bool) -> None:
+    def expect(self, columns: Tensor, seen: int, padded: bool, group: int) -> None:
         """Announce the next `update`: after it the entries come from `columns` [B, P], out of `seen` columns so far."""
-        self.pending, self.padded = (columns, seen), padded
+        self.pending, self.padded, self.group = (columns, seen), padded, group
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self.pending is not None:
@@ -82,12 +83,12 @@ class PrunedLayer(CacheLayerMixin):
             self.columns = self.columns.index_select(0, beam_idx.to(self.columns.device))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.inner.batch_repeat_interleave(repeats)  # type: ignore[attr-defined]
+        self.inner.batch_repeat_interleave(repeats)
         if self.columns is not None:
             self.columns = self.columns.repeat_interleave(repeats, dim=0)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.inner.batch_select_indices(indices)  # type: ignore[attr-defined]
+        self.inner.batch_select_indices(indices)
         if self.columns is not None:
             self.columns = self.columns[indices.to(self.columns.device)]
 
@@ -138,8 +139,8 @@ class Physical:
         return self.layer.get_mask_sizes(query_length)
 
 
-def wrap_layers(cache: Cache, depth: int) -> list[PrunedLayer]:
-    """Make every one of a cache's `depth` layers a `PrunedLayer`, in place.
+def wrap_layers(cache: Cache, first: int, depth: int) -> list[PrunedLayer]:
+    """Make the layers `first`..`depth - 1` of a cache `PrunedLayer`s, in place, and return them.
 
     Raises:
         ValueError: a kind of cache whose layers cannot hold a pruned prompt.
@@ -150,13 +151,14 @@ def wrap_layers(cache: Cache, depth: int) -> list[PrunedLayer]:
         )
     while len(cache.layers) < depth:
         cache.layers.append(DynamicLayer())
-    for index, layer in enumerate(cache.layers):
+    for index in range(first, depth):
+        layer = cache.layers[index]
         if isinstance(layer, DynamicSlidingWindowLayer):
             # Its window counts held keys, ours counts original columns: hold all, and let the mask do the windowing.
             layer = unwindowed(layer)
         if not isinstance(layer, PrunedLayer):
             cache.layers[index] = PrunedLayer(layer)
-    return cache.layers  # type: ignore[return-value]
+    return cache.layers[first:depth]  # type: ignore[return-value]
 
 
 def unwindowed(layer: DynamicSlidingWindowLayer) -> DynamicLayer:
@@ -167,17 +169,15 @@ def unwindowed(layer: DynamicSlidingWindowLayer) -> DynamicLayer:
     """
     plain, length = DynamicLayer(), layer.get_seq_length()
     if length:
-        if layer.keys is None or layer.keys.shape[-2] < length:
+        if layer.keys is None or layer.values is None or layer.keys.shape[-2] < length:
             raise ValueError("the sliding window of this cache is full: start a new conversation to prune an image")
         plain.update(layer.keys, layer.values)
     return plain
 
 
-def pruned_layer(cache: Any) -> PrunedLayer | None:
-    """The first layer of a cache that has been pruned, None for any other cache."""
-    layers = getattr(cache, "layers", None)
-    first = layers[0] if layers else None
-    return first if isinstance(first, PrunedLayer) and first.columns is not None else None
+def is_pruned(cache: Any) -> bool:
+    """Whether any layer of a cache holds fewer keys than it saw."""
+    return any(isinstance(layer, PrunedLayer) and layer.columns is not None for layer in getattr(cache, "layers", ()))
 
 
 def kv_bytes(cache: Any) -> list[int]:

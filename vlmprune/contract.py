@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import numbers
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, Literal, TypeAlias
 
@@ -98,8 +98,12 @@ class Geometry:
 
     def after(self, count: int) -> Geometry:
         """The same item without its first `count` tokens."""
-        tile = None if self.tile is None else self.tile[count:]
-        return replace(self, plane=self.plane[count:], row=self.row[count:], col=self.col[count:], tile=tile)
+        return self.take(torch.arange(count, len(self)))
+
+    def take(self, index: Tensor) -> Geometry:
+        """The tokens at `index` (int64 [K], on the CPU)."""
+        tile = None if self.tile is None else self.tile[index]
+        return replace(self, plane=self.plane[index], row=self.row[index], col=self.col[index], tile=tile)
 
     @property
     def placeless(self) -> Tensor:
@@ -112,14 +116,15 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Item:
-    """One image or video in one row of the sequence of this forward call; columns count from the call's first.
+    """One image or video in one row of the sequence; columns count from the first of the forward call.
 
     Attributes:
         sample: row of the batch.
         start: column of the first visual token.
         length: number of visual tokens.
-        columns: int64 [length] on the CPU, ascending, column of every token, where text stands between them (the time
-            stamps of a Qwen3-VL video); None: they follow each other.
+        columns: int64 [length], ascending, column of every token, where text stands between them (the time stamps of a
+            Qwen3-VL video); None: they follow each other.
+        span: columns from `start` to the last token or text between, where `columns` is given.
     """
 
     sample: int
@@ -127,16 +132,17 @@ class Item:
     length: int
     geometry: Geometry
     columns: Tensor | None = None
+    span: int = 0
 
     @property
     def where(self) -> slice | Tensor:
         """Index of the item's columns in its row."""
-        return slice(self.start, self.start + self.length) if self.columns is None else self.columns
+        return slice(self.start, self.stop) if self.columns is None else self.columns
 
     @property
     def stop(self) -> int:
-        """Column behind the last visual token."""
-        return self.start + self.length if self.columns is None else int(self.columns[-1]) + 1
+        """Column behind the item."""
+        return self.start + (self.length if self.columns is None else self.span)
 
 
 @dataclass
@@ -144,18 +150,27 @@ class VisualTokens:
     """The visual tokens of every item of a batch, padded at the end to a common length.
 
     Attributes:
-        features: [I, N, D], what the language model would see; rows past an item's count are zero.
-        counts: number of tokens of each item.
-        geometry: one `Geometry` per item.
+        features: [I, N, D], what the language model sees: projected rows at the boundary, hidden states before a
+            decoder layer; rows past an item's count are zero.
+        counts: number of tokens of each item that are still there.
+        index: per item, int64 [N] on the features' device: which of its original tokens these are, ascending.
+        shapes: one `Geometry` per item, of all its original tokens.
         layer: decoder layer before which the choice is made; 0 is the boundary.
-        provider: computes a further signal by name, when asked for.
     """
 
     features: Tensor
     counts: tuple[int, ...]
-    geometry: tuple[Geometry, ...]
+    index: tuple[Tensor, ...]
+    shapes: tuple[Geometry, ...]
     layer: int = 0
-    provider: Callable[[str], Tensor] | None = field(default=None, repr=False)
+
+    @cached_property
+    def geometry(self) -> tuple[Geometry, ...]:
+        """Where each item's remaining tokens sit. Behind the boundary, asking for it waits for the GPU."""
+        return tuple(
+            shape if len(shape) == count else shape.take(index.cpu())
+            for shape, count, index in zip(self.shapes, self.counts, self.index)
+        )
 
     @cached_property
     def valid(self) -> Tensor:
@@ -185,7 +200,7 @@ class Pruner(ABC):
     Class attributes:
         name: the name it is registered under.
         paper: where it was published.
-        stage: where it acts ("boundary").
+        stage: where it acts, for people ("boundary", "decoder", ...).
         needs: signals beyond `features` without which it cannot run.
     """
 
@@ -202,10 +217,17 @@ class Pruner(ABC):
         if self.positions not in ("original", "compact"):
             raise ValueError(f'positions must be "original" or "compact", got {self.positions!r}')
 
-    def budget(self, counts: Sequence[int]) -> list[int]:
-        """Tokens to keep of items that have `counts` tokens."""
+    def layers(self, depth: int) -> tuple[int, ...]:
+        """Decoder layers, of `depth`, before which it chooses, ascending; 0 is the boundary."""
+        return (0,)
+
+    def budget(self, counts: Sequence[int], layer: int = 0) -> list[int]:
+        """Tokens that items which came with `counts` tokens have left behind the stage before `layer`."""
         return [budget(count, self.keep) for count in counts]
 
     @abstractmethod
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
-        """Choose `budget` (int64 [I], on the CPU) tokens of each item. Called only where something is to go."""
+        """Choose `budget` (int64 [I], on the CPU) tokens of each item; indices count within `tokens`.
+
+        Called at each of `layers`, with the items that are to lose some of their tokens there but not all.
+        """

@@ -1,9 +1,9 @@
-"""From what each item keeps to what each row keeps: which columns stay, in order, padding included. Tensors only."""
+"""From what each item keeps to what each row keeps: which positions stay, in order, padding included. Tensors only."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,69 +21,106 @@ class Kept:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which columns of a call stay.
+    """Which positions of a sequence stay.
 
     Attributes:
-        columns: int64 [B, P], ascending in every row, -1 for padding.
-        merged: (row, first position, rows [K, D]) to write after the gather.
-        padded: whether any entry is padding; known without looking at the device.
+        index: int64 [B, P], ascending in every row, -1 for padding.
+        shown: bool [B, P] on the CPU, False for padding.
+        items: where what is left of each item is now.
+        merged: (row, positions, rows [K, D]) to write after the gather.
     """
 
-    columns: Tensor
-    merged: tuple[tuple[int, int, Tensor], ...]
-    padded: bool
+    index: Tensor
+    shown: Tensor
+    items: tuple[Item, ...]
+    merged: tuple[tuple[int, slice | Tensor, Tensor], ...]
 
     def gather(self, rows: Tensor) -> Tensor:
-        """[B, S, ...] -> [B, P, ...]; padding repeats column 0."""
-        index = self.columns.clamp(min=0)
-        return rows[torch.arange(len(rows), device=rows.device)[:, None], index]
+        """[B, S, ...] -> [B, P, ...]; padding repeats position 0."""
+        return rows[torch.arange(len(rows), device=rows.device)[:, None], self.index.clamp(min=0)]
+
+    def apply(self, rows: Tensor) -> Tensor:
+        """`gather`, with merged rows in their places."""
+        rows = self.gather(rows)
+        for row, positions, features in self.merged:
+            rows[row, positions] = features.to(rows.dtype)
+        return rows
 
 
-def plan_columns(
-    items: Sequence[Item], kept: Sequence[Kept | None], length: int, visible: Tensor, device: torch.device
-) -> Plan:
-    """Lay out what is left of a call.
+def plan_rows(items: Sequence[Item], kept: Sequence[Kept | None], shown: Tensor, device: torch.device) -> Plan:
+    """Lay out what is left of a sequence.
 
-    Text and whole items stay, masked columns go (rows are padded anew to the longest), on the side where the call's own
-    padding is.
+    Text and whole items stay, masked positions go; rows are padded anew to the longest, on the side where the sequence
+    had its padding.
 
     Args:
-        items, kept: the call's items and what stays of each (None: all).
-        length: columns of the call.
-        visible: bool [B, S] on the CPU, False for masked columns.
+        items: where each item's tokens are now.
+        kept: what stays of each (None: all).
+        shown: bool [B, S] on the CPU, False for masked positions.
     """
-    rows: list[Tensor] = []
-    slots: list[tuple[int, int, int]] = []  # (item, row, position in the row)
+    length = shown.shape[1]
     every = torch.arange(length)
-    for sample, row_visible in enumerate(visible):
-        pieces, cursor, at = [], 0, 0
+    rows: list[Tensor] = []
+    at = [0] * len(items)
+    for sample, row_shown in enumerate(shown):
+        pieces: list[Tensor] = []
+        cursor = filled = 0
         for number, item in enumerate(items):
-            choice = kept[number]
-            if item.sample != sample or choice is None:
+            if item.sample != sample:
                 continue
-            text = every[cursor : item.start][row_visible[cursor : item.start]]
-            slots.append((number, sample, at + len(text)))
-            pieces += [text, torch.full((len(choice.index),), item.start)]
-            at += len(text) + len(choice.index)
-            cursor = item.start + item.length
-        pieces.append(every[cursor:][row_visible[cursor:]])
+            text = every[cursor : item.start][row_shown[cursor : item.start]]
+            choice = kept[number]
+            at[number] = filled + len(text)
+            if choice is None:
+                visual = every[item.start : item.stop]
+            else:  # the survivors' own offsets are added on the device
+                visual = torch.full((item.stop - item.start - item.length + len(choice.index),), item.start)
+            pieces += [text, visual]
+            filled += len(text) + len(visual)
+            cursor = item.stop
+        pieces.append(every[cursor:][row_shown[cursor:]])
         rows.append(torch.cat(pieces))
     width = max(len(row) for row in rows)
-    pad_right = not bool(visible[:, -1].all())
-    columns = torch.full((len(rows), width), -1)
+    pad_right = not bool(shown[:, -1].all())
+    index = torch.full((len(rows), width), -1)
     shift = [0 if pad_right else width - len(row) for row in rows]
     for sample, row in enumerate(rows):
-        columns[sample, shift[sample] : shift[sample] + len(row)] = row
-    columns = columns.to(device, non_blocking=True)
-    merged = []
-    for number, sample, at in slots:
-        choice = kept[number]
-        assert choice is not None
-        first = shift[sample] + at
-        columns[sample, first : first + len(choice.index)] += choice.index
-        if choice.features is not None:
-            merged.append((sample, first, choice.features))
-    return Plan(columns, tuple(merged), padded=any(len(row) < width for row in rows))
+        index[sample, shift[sample] : shift[sample] + len(row)] = row
+    still_shown = index >= 0
+    index = index.to(device, non_blocking=True)
+    moved, merged = [], []
+    for item, filled, choice in zip(items, at, kept):
+        first = shift[item.sample] + filled
+        if item.columns is not None:
+            new = _settle(index[item.sample], item, first, choice)
+        elif choice is None:
+            new = replace(item, start=first)
+        else:
+            new = replace(item, start=first, length=len(choice.index))
+            index[item.sample, new.where] += choice.index
+        moved.append(new)
+        if choice is not None and choice.features is not None:
+            merged.append((item.sample, new.where, choice.features))
+    return Plan(index, still_shown, tuple(moved), tuple(merged))
+
+
+def _settle(row: Tensor, item: Item, first: int, choice: Kept | None) -> Item:
+    """Fill in the positions of an item with text between its tokens, from `first` of its `row` of the plan's index.
+
+    Which survivors stand before which text only the device knows; how many there are, and how much text, the host does.
+    """
+    assert item.columns is not None
+    columns = item.columns.to(row.device)
+    if choice is None:
+        return replace(item, start=first, columns=columns - item.start + first)
+    is_text = torch.ones(item.span, dtype=torch.int8, device=row.device)
+    is_text[columns - item.start] = 0
+    text = is_text.sort(descending=True, stable=True).indices[: item.span - item.length] + item.start
+    survivors = columns[choice.index]
+    block = torch.cat([text, survivors]).sort().values
+    row[first : first + len(block)] = block
+    positions = first + torch.searchsorted(block, survivors)
+    return replace(item, start=first, length=len(survivors), columns=positions, span=len(block))
 
 
 def ascending(selection: Selection, counts: Sequence[int], budget: Tensor) -> Selection:

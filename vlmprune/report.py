@@ -2,49 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from vlmprune.contract import Geometry, Pruner
 from vlmprune.flops import Flops, format_bytes, prefill_flops
 
+if TYPE_CHECKING:
+    from vlmprune.course import Course
+
 
 @dataclass(frozen=True)
 class StageReport:
-    """One place where an item lost tokens. `layer` 0 is the boundary; `kept` (int64, ascending) counts from its start."""
+    """One stage: before decoder `layer` (0 is the boundary) these of the item's tokens were left, int64, ascending."""
 
     layer: int
     kept: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass
 class ItemReport:
     """One image or video of the batch.
 
     Attributes:
         sample: batch row, as the model saw it (beam search expands rows before the prefill).
         start: column of its first visual token in that row's unpruned sequence, padding and earlier turns included.
-        tokens_before, tokens_after: its visual tokens before the first and after the last stage.
-        kept: int64 [K] on the CPU, ascending, survivors of the boundary relative to `start`.
-        merged: bool [K], kept rows that now stand for several tokens.
-        stages: every stage in order.
-        geometry: where each of its tokens sits in the picture.
+        tokens_before: its visual tokens.
+        geometry: where each of them sits in the picture.
+        columns: int64 [tokens_before], column of every token, where text stands between them; None: from `start` on.
+        stages: every stage of the method in order.
+        merged: bool, for each row left: whether it now stands for several tokens.
     """
 
     sample: int
     start: int
     tokens_before: int
-    kept: Tensor
-    merged: Tensor
     geometry: Geometry
-    stages: tuple[StageReport, ...]
+    columns: Tensor | None = None
+    stages: list[StageReport] = field(default_factory=list)
+    merged: Tensor | None = None
+
+    @property
+    def kept(self) -> Tensor:
+        """int64 [K], ascending: which of the item's tokens survived the boundary."""
+        if self.stages and self.stages[0].layer == 0:
+            return self.stages[0].kept
+        return torch.arange(self.tokens_before)
 
     @property
     def tokens_after(self) -> int:
-        return len(self.stages[-1].kept)
+        """Visual tokens left behind the last stage."""
+        return len(self.stages[-1].kept) if self.stages else self.tokens_before
 
 
 @dataclass
@@ -54,27 +66,40 @@ class PruneReport:
     Attributes:
         pruner: the method, with its hyper-parameters.
         items: images and videos in prompt order over the batch; empty for a prompt of text alone.
+        batch: rows.
         length: columns of the unpruned call, padding included.
-        columns: int64 [B, P], original column (within the call) of every row position left, -1 for padding; None if
-            nothing was removed. Column j of the call's logits belongs to `columns[:, j]`.
         layer_tokens: positions per row that each decoder layer computed, padding included.
-        cached_tokens: keys per row that the cache held before.
-        logits_tokens: positions per row that passed the head.
+        cached_tokens: keys per row that each layer's cache held before.
+        seen: columns of the unpruned sequence before this call.
+        logits_to_keep: positions per row that passed the head, 0 for all.
+        columns: int64 [B, P], original column (within the call) of every row position left at the end, -1 for padding;
+            None if nothing was removed. Column j of the call's logits belongs to `columns[:, j]`.
         kv_bytes: bytes that each layer's cache held after the call; empty without a cache.
-        selection_seconds: time spent choosing tokens (device time on a GPU).
     """
 
     pruner: Pruner
     items: list[ItemReport]
     batch: int
     length: int
-    columns: Tensor | None
-    layer_tokens: tuple[int, ...]
-    cached_tokens: int
-    logits_tokens: tuple[int, int]
+    layer_tokens: list[int]
+    cached_tokens: list[int]
+    seen: int
+    logits_to_keep: int
+    columns: Tensor | None = None
     kv_bytes: list[int] = field(default_factory=list)
     config: Any = field(default=None, repr=False)
-    timer: Any = field(default=None, repr=False)
+    timers: list[Callable[[], float]] = field(default_factory=list, repr=False)
+
+    def record(self, layer: int, left: Sequence[tuple[Tensor, Tensor]], course: Course, timer: Any) -> None:
+        """Note a stage: what is left of every item, and of every row."""
+        for item, (kept, merged) in zip(self.items, left):
+            item.stages.append(StageReport(layer, kept))
+            item.merged = merged
+        self.columns = course.columns
+        for each in range(layer, len(self.layer_tokens)):
+            self.layer_tokens[each] = course.width
+        if timer is not None:
+            self.timers.append(timer)
 
     @property
     def changed(self) -> bool:
@@ -91,14 +116,28 @@ class PruneReport:
         """Visual tokens of all items behind the last stage."""
         return sum(item.tokens_after for item in self.items)
 
-    @cached_property
+    @property
     def flops(self) -> tuple[Flops, Flops]:
         """FLOPs of this prefill by module, without pruning and as it ran (`vlmprune.flops` says what is counted)."""
-        shared = {"images": len(self.items), "batch": self.batch, "cached_tokens": self.cached_tokens}
-        full, pruned = self.logits_tokens
+
+        pictures: dict[str, list[tuple[int, int]]] = {"image": [], "video": []}
+        for item in self.items:
+            pictures[item.geometry.kind] += item.geometry.pictures
+
+        def cost(tokens: int | list[int], cached: int | list[int], last: int) -> Flops:
+            return prefill_flops(
+                self.config,
+                layer_tokens=tokens,
+                cached_tokens=cached,
+                images=pictures["image"],
+                frames=pictures["video"],
+                batch=self.batch,
+                logits_tokens=min(self.logits_to_keep or last, last),
+            )
+
         return (
-            prefill_flops(self.config, layer_tokens=self.length, logits_tokens=full, **shared),
-            prefill_flops(self.config, layer_tokens=self.layer_tokens, logits_tokens=pruned, **shared),
+            cost(self.length, self.seen, self.length),
+            cost(self.layer_tokens, self.cached_tokens, self.layer_tokens[-1]),
         )
 
     @property
@@ -119,12 +158,13 @@ class PruneReport:
     @property
     def kv_bytes_full(self) -> int:
         """Bytes that the KV cache would have held unpruned."""
-        held = [self.cached_tokens + tokens for tokens in self.layer_tokens]
-        return sum(size // max(n, 1) * (self.cached_tokens + self.length) for size, n in zip(self.kv_bytes, held))
+        held = [past + tokens for past, tokens in zip(self.cached_tokens, self.layer_tokens)]
+        return sum(size // n * (self.seen + self.length) for size, n in zip(self.kv_bytes, held) if n)
 
-    @cached_property
+    @property
     def selection_seconds(self) -> float:
-        return self.timer() if self.timer is not None else 0.0
+        """Time spent choosing tokens, over all stages (device time on a GPU)."""
+        return sum(timer() for timer in self.timers)
 
     def __str__(self) -> str:
         if not self.items:

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers.cache_utils import DynamicCache
-from transformers.masking_utils import create_causal_mask
 
 from vlmprune.adapters import adapter_for
-from vlmprune.cache import Physical, PrunedLayer, kv_bytes, pruned_layer, wrap_layers
-from vlmprune.contract import Item, Pruner, VisualTokens
-from vlmprune.plan import Kept, Plan, ascending, plan_columns
+from vlmprune.cache import kv_bytes
+from vlmprune.contract import Geometry, Item, Pruner, VisualTokens
+from vlmprune.course import Course
+from vlmprune.plan import Kept, ascending, plan_rows
 from vlmprune.registry import create_pruner
-from vlmprune.report import ItemReport, PruneReport, StageReport
+from vlmprune.report import ItemReport, PruneReport
 
 _sessions: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Session]] = weakref.WeakKeyDictionary()
 
@@ -46,6 +46,15 @@ def prune(model: nn.Module, pruner: Pruner | str, **fields: Any) -> Session:
     return Session(model, pruner)
 
 
+class _Live:
+    """One item on its way: where its survivors are now, and which of its tokens they are."""
+
+    def __init__(self, item: Item, index: Tensor) -> None:
+        self.item, self.index = item, index
+        self.geometry: Geometry = item.geometry
+        self.merged = torch.zeros_like(index, dtype=torch.bool)
+
+
 class Session:
     """One attachment of a pruner to a model. Use it as a context manager or call `close()`.
 
@@ -60,13 +69,32 @@ class Session:
         self._check()
         self._last: PruneReport | None = None
         self._call: dict[str, Any] = {}  # what the call in progress brought, from one hook to the next
-        self._plan: Plan | None = None
+        self._course: Course | None = None
+        self._live: list[_Live] = []
         self._finite: Tensor | None = None
+        decoder = adapter.decoder_layers
+        self._stages = tuple(self.pruner.layers(len(decoder)))
+        if not self._stages or any(not 0 <= layer < len(decoder) for layer in self._stages):
+            raise ValueError(
+                f"{pruner.name} acts before layers {self._stages}, but the language model has {len(decoder)} layers"
+            )
+        if any(0 < layer < adapter.earliest_stage for layer in self._stages):
+            raise ValueError(
+                f"{pruner.name} acts before layers {self._stages}, but {adapter.family} adds visual features to its first "
+                f"layers: use layers from {adapter.earliest_stage} on, or the boundary."
+            )
         self._handles = [
+            adapter.watch(),
             adapter.core.register_forward_pre_hook(self._before_core, with_kwargs=True),
             adapter.language_model.register_forward_pre_hook(self._before_language_model, with_kwargs=True),
             adapter.language_model.register_forward_hook(self._after_language_model, with_kwargs=True),
         ]
+        if any(self._stages):
+            self._handles += [
+                layer.register_forward_pre_hook(functools.partial(self._before_layer, number), with_kwargs=True)
+                for number, layer in enumerate(decoder)
+                if number >= min(filter(None, self._stages))
+            ]
         if adapter.model is not adapter.core:
             self._handles += [
                 adapter.model.register_forward_pre_hook(self._before_model, with_kwargs=True),
@@ -85,7 +113,10 @@ class Session:
                 "that works on the features alone, such as divprune."
             )
         if pruner.positions not in adapter.positions:
-            raise ValueError(f'{adapter.family} cannot renumber positions: use positions="original".')
+            if pruner.positions != type(pruner).__dataclass_fields__["positions"].default:
+                raise ValueError(f'{adapter.family} cannot renumber positions: use positions="original".')
+            # The method's published choice, where the family leaves none.
+            self.pruner = replace(pruner, positions="original")
 
     @property
     def last(self) -> PruneReport | None:
@@ -97,7 +128,7 @@ class Session:
         """Detach: the model is exactly as before. Calling it again does nothing."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._call, self._plan = [], {}, None
+        self._handles, self._call, self._course, self._live = [], {}, None, []
 
     def __enter__(self) -> Session:
         return self
@@ -119,12 +150,13 @@ class Session:
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         call, self._call = self._call, {}
-        plan, self._plan = self._plan, None
+        course, self._course, self._live = self._course, None, []
         labels = call.get("labels")
         if labels is None:
             return None
-        if plan is not None:
-            labels = plan.gather(labels).masked_fill(plan.columns < 0, -100)
+        if course is not None and course.columns is not None:
+            columns = course.columns.to(labels.device)
+            labels = labels.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, -100)
         extra = {key: kwargs[key] for key in ("num_items_in_batch",) if key in kwargs}
         logits = output[0] if isinstance(output, tuple) else output.logits
         loss = module.loss_function(  # type: ignore[operator]
@@ -145,165 +177,137 @@ class Session:
 
     def _before_language_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         items: list[Item] = self._call.get("items", [])
-        visible: Tensor | None = self._call.get("visible")
         embeds, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
-        self._plan = None
+        self._course, self._live = None, []
         if embeds is None:
             return None
-        batch, length = embeds.shape[:2]
-        kept, timer = self._choose(items, embeds)
-        if any(choice is not None for choice in kept):
-            shown = torch.ones(batch, length, dtype=torch.bool) if visible is None else visible[:, -length:]
-            self._plan = plan_columns(items, kept, length, shown, embeds.device)
-        layer = pruned_layer(cache)
+        length = embeds.shape[1]
+        shown: Tensor | None = self._call.get("visible")
+        shown = None if shown is None else shown[:, -length:]
         seen = int(cache.get_seq_length()) if cache is not None else 0
+        course = self._course = Course(module, kwargs, self.pruner.positions, seen, shown)
+        self._live = [_Live(item, torch.arange(item.length, device=embeds.device)) for item in items]
         if items or not seen:
-            held = int(cache.get_mask_sizes(0, 0)[0]) if seen else 0
-            self._last = self._report(items, kept, (batch, length), (seen, held), timer)
-        if self._plan is None and layer is None:
+            self._last = self._new_report(course)
+        if 0 in self._stages:
+            embeds = self._stage(0, course, embeds)
+        if course.columns is None and course.pruned_layer(0) is None:
             return None
-        return args, self._rewrite(module, kwargs, layer, seen)
-
-    def _choose(self, items: Sequence[Item], embeds: Tensor) -> tuple[list[Kept | None], Callable[[], float] | None]:
-        """Survivors of each item, None for one that keeps all its tokens; and what tells the time the choice took."""
-        counts = [item.length for item in items]
-        budgets = self.pruner.budget(counts)
-        kept: list[Kept | None] = [None] * len(items)
-        for i, (count, keep) in enumerate(zip(counts, budgets)):
-            if keep == 0 and count:
-                kept[i] = Kept(torch.empty(0, dtype=torch.int64, device=embeds.device))
-                warnings.warn(
-                    f"keep={self.pruner.keep} of {count} visual tokens rounds to 0: the whole item is dropped",
-                    stacklevel=2,
-                )
-        chosen = [i for i, (count, keep) in enumerate(zip(counts, budgets)) if 0 < keep < count]
-        if not chosen:
-            return kept, None
-        picked = [items[i] for i in chosen]
-        tokens = VisualTokens(
-            features=pad_sequence(
-                [embeds[item.sample, item.start : item.start + item.length] for item in picked], batch_first=True
-            ),
-            counts=tuple(item.length for item in picked),
-            geometry=tuple(item.geometry for item in picked),
-        )
-        self._check_finite(tokens.features)
-        wanted = torch.tensor([budgets[i] for i in chosen])
-        stop = _stopwatch(embeds.device)
-        selection = ascending(self.pruner.select(tokens, wanted), tokens.counts, wanted)
-        timer = stop()
-        for row, i in enumerate(chosen):
-            features = None if selection.features is None else selection.features[row, : budgets[i]]
-            kept[i] = Kept(selection.index[row, : budgets[i]], features)
-        return kept, timer
-
-    def _rewrite(
-        self, module: nn.Module, kwargs: dict[str, Any], layer: PrunedLayer | None, seen: int
-    ) -> dict[str, Any]:
-        """Arguments of the language model for what is left of this call and of what the cache has seen."""
-        plan, mask = self._plan, kwargs.get("attention_mask")
-        embeds, positions = kwargs["inputs_embeds"], kwargs.get("position_ids")
-        batch, length = embeds.shape[:2]
-        device = embeds.device
-        if mask is not None:
-            if mask.ndim != 2 or mask.shape[1] != seen + length:
-                raise ValueError(
-                    f"attention_mask must cover the unpruned prompt: [{batch}, {seen + length}], got {list(mask.shape)}"
-                )
-            mask = mask.bool().to(device)
-        if positions is None:
-            positions = torch.arange(seen, seen + length, device=device)[None]
-        positions = positions.expand(*positions.shape[:-2], batch, length)
-
-        # Everything below is about two sets of columns: those the cache holds, and those of this call that stay.
-        past = layer.held() if layer is not None else torch.arange(seen, device=device).expand(batch, -1)
-        assert past is not None
-        past = past.to(device)
-        shown = torch.ones(batch, seen + length, dtype=torch.bool, device=device) if mask is None else mask
-        past_shown = shown.gather(1, past.clamp(min=0)) & (past >= 0)
-        columns = plan.columns if plan is not None else torch.arange(length, device=device).expand(batch, -1)
-        now_shown = shown[:, seen:].gather(1, columns.clamp(min=0)) & (columns >= 0)
-        plain = mask is None and not (plan is not None and plan.padded) and not (layer is not None and layer.padded)
-
-        if self.pruner.positions == "compact":
-            # A token moves down by the visible tokens before it that are gone.
-            rank = shown.cumsum(1)
-            before = rank[:, seen:].gather(1, columns.clamp(min=0))
-            after = past_shown.sum(1, keepdim=True) + now_shown.cumsum(1)
-            lost = before - after
-        if plan is not None:
-            index = columns.clamp(min=0).expand(*positions.shape[:-1], -1)
-            positions = positions.gather(-1, index)
-            embeds = plan.gather(embeds)
-            for row, first, features in plan.merged:
-                embeds[row, first : first + len(features)] = features.to(embeds.dtype)
-        if self.pruner.positions == "compact":
-            positions = positions - lost
-        positions = positions.masked_fill(columns < 0, 0)
-
-        cache = kwargs.get("past_key_values")
-        use_cache = kwargs.get("use_cache")
-        if cache is None and (module.config.use_cache if use_cache is None else use_cache):  # type: ignore[union-attr]
-            cache = DynamicCache(config=module.config)  # type: ignore[arg-type]
-        if cache is not None and plan is not None:
-            held = torch.cat([past, torch.where(columns < 0, -1, columns + seen)], dim=1)
-            padded = plan.padded or (layer is not None and layer.padded)
-            for each in wrap_layers(cache, module.config.num_hidden_layers):  # type: ignore[arg-type,union-attr]
-                each.expect(held, seen + length, padded)
-        held_mask = torch.cat([past_shown, now_shown], dim=1)
-        window = _Window(torch.cat([past, columns + seen], dim=1), columns + seen, seen + length)
-        return {
-            **kwargs,
+        positions, mask = course.arguments(0, embeds)
+        return args, {
+            **self.adapter.cut(kwargs, course.columns),
             "inputs_embeds": embeds,
             "position_ids": positions,
-            "past_key_values": cache,
-            "attention_mask": _masks(module.config, embeds, None if plain else held_mask, held_mask, cache, window),
+            "attention_mask": mask,
+            "past_key_values": course.cache,
         }
+
+    def _before_layer(self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        course = self._course
+        if course is None:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        course.cache = kwargs.get("past_key_values")
+        before = course.columns
+        if number in self._stages and self._live:
+            hidden = self._stage(number, course, hidden)
+        held = course.pruned_layer(number)
+        if course.columns is not before or (held is not None and held.group == number):
+            positions, mask = course.arguments(number, hidden)
+            course.layer_kwargs = {
+                "attention_mask": mask,
+                "position_embeddings": self.adapter.rotary(hidden, positions),
+                "position_ids": positions if kwargs.get("position_ids") is not None else None,
+            }
+        if not course.layer_kwargs:
+            return None
+        if args:
+            return (hidden, *args[1:]), {**kwargs, **course.layer_kwargs}
+        return args, {**kwargs, **course.layer_kwargs, "hidden_states": hidden}
+
+    def _stage(self, layer: int, course: Course, rows: Tensor) -> Tensor:
+        """Let the pruner choose before `layer`: the rows [B, P, D] that are left, the course and the report updated."""
+        live = self._live
+        before = [len(each.geometry) for each in live]
+        budgets = self.pruner.budget(before, layer)
+        counts = [each.item.length for each in live]
+        kept: list[Kept | None] = [None] * len(live)
+        chosen = []
+        for i, (count, keep) in enumerate(zip(counts, budgets)):
+            if keep == 0 and count:
+                kept[i] = Kept(torch.empty(0, dtype=torch.int64, device=rows.device))
+                if layer == 0:
+                    warnings.warn(
+                        f"keep={self.pruner.keep} of {count} visual tokens rounds to 0: the whole item is dropped",
+                        stacklevel=2,
+                    )
+            elif keep < count:
+                chosen.append(i)
+        timer = None
+        if chosen:
+            picked = [live[i] for i in chosen]
+            tokens = VisualTokens(
+                features=pad_sequence(
+                    [rows[e.item.sample, e.item.where] for e in picked],
+                    batch_first=True,
+                ),
+                counts=tuple(e.item.length for e in picked),
+                index=tuple(e.index for e in picked),
+                shapes=tuple(e.geometry for e in picked),
+                layer=layer,
+            )
+            self._check_finite(tokens.features)
+            wanted = torch.tensor([budgets[i] for i in chosen])
+            stop = _stopwatch(rows.device)
+            selection = ascending(self.pruner.select(tokens, wanted), tokens.counts, wanted)
+            timer = stop()
+            for row, i in enumerate(chosen):
+                features = None if selection.features is None else selection.features[row, : budgets[i]]
+                kept[i] = Kept(selection.index[row, : budgets[i]], features)
+        if any(choice is not None for choice in kept):
+            plan = plan_rows([each.item for each in live], kept, course.host_shown(), rows.device)
+            rows = plan.apply(rows)
+            course.cut(plan, layer)
+            for each, choice, moved in zip(live, kept, plan.items):
+                index = each.index if choice is None else each.index[choice.index]
+                each.merged = each.merged[choice.index] if choice is not None else each.merged
+                if choice is not None and choice.features is not None:
+                    each.merged = torch.ones_like(each.merged)
+                each.index, each.item = index, moved
+        if self._last is not None and live:
+            self._last.record(layer, [(each.index, each.merged) for each in live], course, timer)
+        return rows
 
     def _after_language_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         cache = kwargs.get("past_key_values") or getattr(output, "past_key_values", None)
         if self._last is not None and not self._last.kv_bytes and cache is not None:
             self._last.kv_bytes = kv_bytes(cache)
         if self.adapter.model is self.adapter.core:
-            self._call, self._plan = {}, None
+            self._call, self._course, self._live = {}, None, []
 
-    def _report(
-        self,
-        items: Sequence[Item],
-        kept: Sequence[Kept | None],
-        shape: tuple[int, int],
-        cached: tuple[int, int],
-        timer: Callable[[], float] | None,
-    ) -> PruneReport:
-        reports = []
-        for item, choice in zip(items, kept):
-            index = torch.arange(item.length) if choice is None else choice.index
-            features = None if choice is None else choice.features
-            reports.append(
-                ItemReport(
-                    sample=item.sample,
-                    start=cached[0] + item.start,
-                    tokens_before=item.length,
-                    kept=index,
-                    merged=torch.full((len(index),), features is not None),
-                    geometry=item.geometry,
-                    stages=(StageReport(0, index),),
-                )
-            )
-        batch, length = shape
-        left = length if self._plan is None else self._plan.columns.shape[1]
+    def _new_report(self, course: Course) -> PruneReport:
         keep = self._call.get("logits_to_keep", 0)
+        depth = len(self.adapter.decoder_layers)
+        held = [int(course.cache.get_mask_sizes(0, layer)[0]) if course.seen else 0 for layer in range(depth)]
         return PruneReport(
             pruner=self.pruner,
-            items=reports,
-            batch=batch,
-            length=length,
-            columns=None if self._plan is None else self._plan.columns,
-            layer_tokens=(left,) * self.adapter.text_config.num_hidden_layers,
-            cached_tokens=cached[1],
-            logits_tokens=(min(keep or length, length), min(keep or left, left)),
+            items=[
+                ItemReport(
+                    sample=each.item.sample,
+                    start=course.seen + each.item.start,
+                    tokens_before=each.item.length,
+                    geometry=each.geometry,
+                    columns=None if each.item.columns is None else course.seen + each.item.columns,
+                )
+                for each in self._live
+            ],
+            batch=course.batch,
+            length=course.length,
+            layer_tokens=[course.length] * depth,
+            cached_tokens=held,
+            seen=course.seen,
+            logits_to_keep=keep,
             config=self.adapter.config,
-            timer=timer,
         )
 
     def _check_finite(self, features: Tensor) -> None:
@@ -316,48 +320,6 @@ class Session:
         finite, self._finite = self._finite, None
         if finite is not None and not bool(finite):
             raise ValueError("visual features contain NaN or infinity: check the image, the dtype and the vision tower")
-
-
-class _Window:
-    """A sliding attention window, counted in original columns."""
-
-    def __init__(self, keys: Tensor, queries: Tensor, seen: int) -> None:
-        self.keys, self.queries, self.seen = keys, queries, seen
-
-    def mask_function(self, size: int, offset: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-        keys, queries = self.keys, self.queries
-
-        def near(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return queries[batch, query - offset] - keys[batch, key] < size
-
-        return near
-
-
-def _masks(
-    config: Any, embeds: Tensor, mask: Tensor | None, held: Tensor, cache: Any, window: _Window
-) -> Tensor | dict[str, Any] | None:
-    """What to hand the language model as `attention_mask`, built against the keys that really exist.
-
-    transformers would place the queries behind the logical length, and, with no mask, no cache and gaps in the
-    positions, would take the prompt for several packed ones: so the masks are made here.
-    """
-    physical = Physical(cache.layers[0]) if cache is not None else None
-    size = getattr(config, "sliding_window", None)
-    types = getattr(config, "layer_types", None) or []
-    windowed = size is not None and window.seen > size
-
-    def make(sliding: bool) -> Any:
-        if not (sliding and windowed):
-            return create_causal_mask(config, embeds, mask, physical, layer_idx=0)
-        offset = held.shape[1] - window.queries.shape[1]
-        near = window.mask_function(size, offset)
-        return create_causal_mask(config, embeds, held, physical, layer_idx=0, and_mask_function=near)
-
-    if "sliding_attention" in types and "full_attention" in types:
-        return {"full_attention": make(False), "sliding_attention": make(True)}
-    made = make(size is not None and (not types or "sliding_attention" in types))
-    # None means "plain causal"; without a cache it must be said with a mask.
-    return held if made is None and cache is None else made
 
 
 def _stopwatch(device: torch.device) -> Callable[[], Callable[[], float]]:

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from vlmprune.kernels import pairwise_cosine
 
 

@@ -3,6 +3,7 @@ import pathlib
 import numpy as np
 import pytest
 import torch
+
 from vlmprune.kernels import max_min_select
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"

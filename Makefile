@@ -1,0 +1,38 @@
+# make demo   set everything up in .venv and ask the bundled model about held-out images
+# make test   lint, types, import rules, then the whole test suite
+# make accuracy, make bench   regenerate the committed figures under benchmarks/results
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint accuracy bench clean
+
+demo: .venv/installed
+	$(BIN)/vlmprune demo
+
+test: .venv/installed lint
+	$(BIN)/pytest
+
+# Linted as installed: there the mapped folders lie inside the package, as every tool expects.
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@rm -rf build && $(BIN)/pip install --quiet --no-deps --no-build-isolation --target build/lint .
+	cd build/lint && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p vlmprune
+	cd build/lint && ../../$(BIN)/lint-imports --config ../../pyproject.toml --no-cache
+	@rm -rf build
+
+accuracy: .venv/installed
+	$(BIN)/python benchmarks/accuracy.py
+
+bench: .venv/installed
+	$(BIN)/python benchmarks/kernels.py
+
+clean:
+	rm -rf .venv out build *.egg-info
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "vlmprune needs Python 3.10 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --editable '.[dev]'
+	@touch $@

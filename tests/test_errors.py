@@ -1,0 +1,160 @@
+"""Degenerate and bad input: one sentence, early, that says what to do."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from cases import BATCHES
+from families import FAMILIES, clip, decoder, llava
+from test_laws import generate, model_of
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import vlmprune
+from vlmprune.contract import budget
+
+LLAVA = FAMILIES["llava-clip-llama"]
+
+
+@pytest.mark.parametrize("keep", [0, -1, 1.5, float("nan"), float("inf"), "x", True, False, None, 0.0, -0.1, [0.5]])
+@pytest.mark.parametrize("name", vlmprune.list_pruners())
+def test_bad_keep(name: str, keep: object) -> None:
+    with pytest.raises(ValueError, match=r"float in \(0, 1\].*int >= 1"):
+        vlmprune.create_pruner(name, keep=keep)
+    with pytest.raises(ValueError, match=r"float in \(0, 1\].*int >= 1"):
+        vlmprune.prune(model_of(LLAVA), name, keep=keep)
+
+
+def test_good_keep() -> None:
+    for keep in (1, 7, 0.5, 1.0, np.float32(0.5), np.int64(3)):
+        vlmprune.create_pruner("uniform", keep=keep)
+    assert [budget(n, 0.5) for n in (5, 7, 9)] == [2, 4, 4], "half to even"
+    assert budget(576, 0.098) == 56
+    assert budget(1152, 0.1) == 115
+    assert budget(10, 64) == 10
+    assert budget(10, 1) == 1
+    assert budget(10, 1.0) == 10
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(ValueError, match="'divprune'"):
+        vlmprune.create_pruner("divprun")
+    with pytest.raises(ValueError, match="divprune, pool"):
+        vlmprune.create_pruner("qqqqqqq")
+    with pytest.raises(ValueError, match="no field 'kep'.*keep"):
+        vlmprune.create_pruner("divprune", kep=0.1)
+    with pytest.raises(ValueError, match="positions"):
+        vlmprune.create_pruner("divprune", positions="renumber")
+    with pytest.raises(ValueError, match=r"vlmprune\.Pruner"):
+        vlmprune.prune(model_of(LLAVA), 0.5)
+
+
+def test_unsupported_models() -> None:
+    plain = LlamaForCausalLM(decoder(LlamaConfig))
+    for model in (plain, torch.nn.Linear(2, 2), None, "llava-hf/llava-1.5-7b-hf"):
+        with pytest.raises(ValueError, match=r"supported families: LLaVA-1\.5 \(llava\)"):
+            vlmprune.prune(model, "divprune")
+
+
+def test_missing_signal_is_named_before_any_forward() -> None:
+    class Needy(vlmprune.Random):
+        needs = frozenset({"sixth_sense"})
+
+    with pytest.raises(ValueError, match="sixth_sense.*divprune"):
+        vlmprune.prune(model_of(LLAVA), Needy(keep=0.5))
+
+
+@pytest.mark.parametrize("name", vlmprune.list_pruners())
+def test_one_visual_token(name: str) -> None:
+    model = llava(clip(image_size=8), decoder(LlamaConfig)).eval()
+    inputs = {"input_ids": torch.tensor([[1, 99, 2]]), "pixel_values": torch.randn(1, 3, 8, 8)}
+    with vlmprune.prune(model, name, keep=1) as session:
+        generate(model, inputs, max_new_tokens=2)
+        assert session.last.items[0].kept.tolist() == [0]
+        assert not session.last.changed
+    with vlmprune.prune(model, name, keep=0.4) as session, pytest.warns(UserWarning, match="rounds to 0"):
+        generate(model, inputs, max_new_tokens=2)
+    assert session.last.items[0].tokens_after == 0
+    assert session.last.columns.tolist() == [[0, 2]]
+
+
+@pytest.mark.parametrize("name", vlmprune.list_pruners())
+def test_budgets_at_the_edge(name: str) -> None:
+    model, inputs = model_of(LLAVA), LLAVA.inputs(BATCHES["unequal"])
+    for keep, expected in ((1, 1), (24, 24), (25, 25), (10_000, 25), (1.0, 25), (0.999, 25)):
+        with vlmprune.prune(model, name, keep=keep) as session:
+            generate(model, inputs, max_new_tokens=2)
+        assert [item.tokens_after for item in session.last.items] == [expected] * 5
+        assert session.last.changed == (expected < 25)
+
+
+@pytest.mark.parametrize("name", vlmprune.list_pruners())
+@pytest.mark.parametrize("rows", ["equal", "zero"])
+def test_equal_and_zero_rows(name: str, rows: str) -> None:
+    model, inputs = LLAVA.model(), LLAVA.inputs(BATCHES["three"])
+    last = model.model.multi_modal_projector.linear_2
+    last.weight.data.zero_()
+    last.bias.data.fill_(0.0 if rows == "zero" else 0.5)
+    with vlmprune.prune(model, name, keep=6) as session:
+        generate(model, inputs, max_new_tokens=2)
+    for item in session.last.items:
+        assert len(set(item.kept.tolist())) == 6
+
+
+def test_nan_is_an_error_that_says_where_to_look() -> None:
+    model, inputs = model_of(LLAVA), LLAVA.inputs(BATCHES["one"])
+    inputs["pixel_values"][0, 0, 0, 0] = float("nan")
+    for name in vlmprune.list_pruners():
+        with vlmprune.prune(model, name, keep=0.3), pytest.raises(ValueError, match="NaN or infinity"):
+            generate(model, inputs)
+
+
+def test_masks_that_do_not_fit() -> None:
+    model, inputs = model_of(LLAVA), LLAVA.inputs(BATCHES["one"])
+    length = inputs["input_ids"].shape[1]
+    with vlmprune.prune(model, "divprune", keep=0.3):
+        with pytest.raises(ValueError, match="2-D attention_mask"):
+            model(**{**inputs, "attention_mask": torch.zeros(1, 1, length, length)})
+        with pytest.raises(ValueError, match="attention_mask must cover"):
+            model(**{**inputs, "attention_mask": torch.ones(1, length + 3)})
+
+
+def test_a_pruner_that_breaks_the_contract_is_caught() -> None:
+    class Wrong(vlmprune.Random):
+        answer = ((0, 0),)
+
+        def select(self, tokens, budget):
+            return vlmprune.Selection(torch.tensor(self.answer))
+
+    model, inputs = model_of(LLAVA), LLAVA.inputs(BATCHES["one"])
+    for answer in (((0, 0),), ((0,),), ((0, 25),), ((0, 1, 2),)):
+        Wrong.answer = answer
+        with vlmprune.prune(model, Wrong(keep=2)), pytest.raises(ValueError, match="2 different indices"):
+            generate(model, inputs)
+
+
+def test_registering() -> None:
+    with pytest.raises(TypeError, match="subclass"):
+        vlmprune.register_pruner(dict)
+
+    class DivPrune(vlmprune.Pruner):
+        name = "divprune"
+
+        def select(self, tokens, budget):
+            raise AssertionError
+
+    with pytest.raises(ValueError, match="taken"):
+        vlmprune.register_pruner(DivPrune)
+    assert vlmprune.list_pruners() == sorted(vlmprune.list_pruners())
+
+
+def test_import_is_light() -> None:
+    code = (
+        "import sys, vlmprune; heavy = {'triton', 'decord', 'av', 'matplotlib', 'gradio', 'open_clip', 'transformers'}"
+        "; print(sorted(heavy & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
+    assert out.stdout.strip() == "[]"

@@ -1,0 +1,201 @@
+"""generate() in all its modes, conversations on a returned cache, and long-lived sessions."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from cases import BATCHES
+from families import FAMILIES
+from test_laws import dropped_of, every_family, generate, model_of
+from transformers import DynamicCache
+
+import vlmprune
+
+LLAVA = FAMILIES["llava-clip-llama"]
+
+
+@every_family
+@pytest.mark.parametrize("policy", ["original", "compact"])
+def test_beam_search_equals_the_oracle(family: Any, policy: str) -> None:
+    """Every hypothesis has the score that the oracle gives its tokens."""
+    model, inputs = model_of(family), family.inputs([BATCHES["one"][0], [1, 2, 3]])
+    steps = 5
+    with vlmprune.prune(model, "divprune", keep=0.3, positions=policy) as session:
+        out = generate(
+            model, inputs, num_beams=3, num_return_sequences=2, max_new_tokens=steps, output_scores=True
+        )
+    assert len({item.sample for item in session.last.items}) == 3, "rows are expanded before the prefill"
+    wide = {key: value.repeat_interleave(2, 0) for key, value in inputs.items() if key != "pixel_values"}
+    wide["pixel_values"] = inputs["pixel_values"].repeat_interleave(2, 0)
+    dropped = oracle.everything_visible(wide)
+    item = session.last.items[0]
+    gone = torch.tensor([c for c in range(item.tokens_before) if c not in item.kept.tolist()])
+    dropped[0][:2, item.start + gone] = True
+    answer = out.sequences[:, wide["input_ids"].shape[1] :]
+    _, scores = oracle.run(model, wide, dropped, policy, steps - 1, answer, [])
+    total = torch.zeros(4)
+    for step, logits in enumerate(scores):
+        total += logits.log_softmax(-1).gather(1, answer[:, step : step + 1])[:, 0]
+    torch.testing.assert_close(out.sequences_scores, total / steps, atol=1e-4, rtol=0)
+
+
+def test_sampling_draws_from_the_pruned_distribution() -> None:
+    model, inputs = model_of(LLAVA), LLAVA.inputs(BATCHES["one"])
+    with vlmprune.prune(model, "divprune", keep=0.3):
+        torch.manual_seed(0)
+        out = generate(model, inputs, do_sample=True, num_return_sequences=4, temperature=1.5)
+        assert len({tuple(row.tolist()) for row in out.sequences}) > 1
+        greedy = generate(model, inputs)
+    for row in range(4):
+        torch.testing.assert_close(out.logits[0][row], greedy.logits[0][0], atol=1e-5, rtol=0)
+
+
+@every_family
+@pytest.mark.parametrize("policy", ["original", "compact"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_second_turn_with_a_new_image(family: Any, policy: str, attention: str) -> None:
+    """A returned cache goes on with text, then with another image: as the oracle on the whole conversation."""
+    model = model_of(family, attention)
+    first, more, last = [1, 2, ("image", 0), 3, 4], [5, 6, 7], [8, ("image", 1), 9]
+    cache = DynamicCache(config=model.config)
+    turns, kept, answers = [], [], []
+    with vlmprune.prune(model, "divprune", keep=0.3, positions=policy) as session:
+        for turn in (first, more, last):
+            turns.append(turn)
+            new = family.inputs([turn])
+            ids = torch.cat([*answers, new["input_ids"]], 1)
+            inputs = {**new, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            before = cache.get_seq_length()
+            out = generate(model, inputs, past_key_values=cache, max_new_tokens=4)
+            assert cache.get_seq_length() == out.sequences.shape[1] - 1
+            answers = [out.sequences]
+            if "pixel_values" in new:
+                kept.append(session.last.items[0])
+                assert kept[-1].start == (before if turn is last else 0) + (2 if turn is last else turn.index(("image", 0)))
+    prompt = out.sequences[:, :-4]
+    whole = {
+        "input_ids": prompt,
+        "attention_mask": torch.ones_like(prompt),
+        "pixel_values": family.inputs([first + last])["pixel_values"],
+    }
+    dropped = oracle.everything_visible(whole)
+    for item in kept:
+        gone = torch.tensor([c for c in range(item.tokens_before) if c not in item.kept.tolist()])
+        dropped[0][0, item.start + gone] = True
+    _, scores = oracle.run(model, whole, dropped, policy, 3, out.sequences[:, -4:], [])
+    for mine, theirs in zip(out.logits, scores):
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
+
+
+def test_text_turn_first_then_image() -> None:
+    """An image may come when the cache already holds an unpruned turn, whatever the window."""
+    for family in FAMILIES.values():
+        model = model_of(family)
+        cache = DynamicCache(config=model.config)
+        with vlmprune.prune(model, "divprune", keep=0.3) as session:
+            first = generate(model, family.inputs([[1, 2, 3]]), past_key_values=cache, max_new_tokens=3).sequences
+            new = family.inputs([[5, ("image", 0), 6]])
+            ids = torch.cat([first, new["input_ids"]], 1)
+            out = generate(
+                model,
+                {**new, "input_ids": ids, "attention_mask": torch.ones_like(ids)},
+                past_key_values=cache,
+                max_new_tokens=3,
+            )
+            item = session.last.items[0]
+        assert item.start == 7
+        assert cache.get_seq_length() == out.sequences.shape[1] - 1
+        assert cache.layers[0].keys.shape[-2] == cache.get_seq_length() - item.tokens_before + item.tokens_after
+
+
+def test_no_cache_and_plain_forward_loop() -> None:
+    """use_cache=False prunes anew at every step and says the same."""
+    model, inputs = model_of(LLAVA), LLAVA.inputs(BATCHES["unequal"])
+    for policy in ("original", "compact"):
+        with vlmprune.prune(model, "divprune", keep=0.3, positions=policy):
+            cached, plain = generate(model, inputs), generate(model, inputs, use_cache=False)
+        for mine, theirs in zip(cached.logits, plain.logits):
+            torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
+
+
+def test_prompt_lookup_decoding_crops_the_cache() -> None:
+    """Assisted decoding verifies several tokens at once and crops what it rejects."""
+    model = model_of(LLAVA)
+    inputs = LLAVA.inputs([[1, 2, 3, 1, 2, ("image", 0), 3, 4, 1, 2, 3]])
+    for policy in ("original", "compact"):
+        with vlmprune.prune(model, "divprune", keep=0.3, positions=policy):
+            greedy = generate(model, inputs, max_new_tokens=16)
+            lookup = generate(model, inputs, max_new_tokens=16, prompt_lookup_num_tokens=3)
+        assert torch.equal(greedy.sequences, lookup.sequences)
+
+
+def test_labels_are_cut_with_the_sequence_and_gradients_flow() -> None:
+    model, inputs = LLAVA.model(), LLAVA.inputs(BATCHES["unequal"])
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == 99, -100).masked_fill(inputs["attention_mask"] == 0, -100)
+    for pruner in ("divprune", "pool"):
+        model.zero_grad()
+        with vlmprune.prune(model, pruner, keep=0.3) as session:
+            out = model(**inputs, labels=labels, use_cache=False)
+            columns = session.last.columns
+        cut = torch.full_like(columns, -100)
+        for row, columns_of_row in enumerate(columns):
+            for at, column in enumerate(columns_of_row.tolist()):
+                if column >= 0:
+                    cut[row, at] = labels[row, column]
+        expected = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), cut[:, 1:].flatten())
+        torch.testing.assert_close(out.loss, expected)
+        out.loss.backward()
+        assert sum(p.grad.abs().sum() for p in model.model.vision_tower.parameters() if p.grad is not None) > 0
+    full = model(**inputs, labels=labels).loss
+    with vlmprune.prune(model, "divprune", keep=1.0):
+        assert torch.equal(model(**inputs, labels=labels).loss, full)
+        loss, *_ = model(**inputs, labels=labels, return_dict=False)
+        assert torch.equal(loss, full)
+
+
+def test_right_padding_in_a_plain_forward() -> None:
+    model = model_of(LLAVA)
+    left = LLAVA.inputs(BATCHES["unequal"])
+    right = {**left, "input_ids": left["input_ids"].clone(), "attention_mask": left["attention_mask"].clone()}
+    for row, mask in enumerate(left["attention_mask"]):
+        real = left["input_ids"][row][mask.bool()]
+        right["input_ids"][row] = 0
+        right["input_ids"][row, : len(real)] = real
+        right["attention_mask"][row] = (torch.arange(len(mask)) < len(real)).long()
+    with torch.no_grad(), vlmprune.prune(model, "divprune", keep=0.3) as session:
+        a = model(**left).logits
+        left_columns = session.last.columns
+        b = model(**right).logits
+        right_columns = session.last.columns
+    for row in range(len(a)):
+        torch.testing.assert_close(
+            a[row][left_columns[row] >= 0], b[row][right_columns[row] >= 0], atol=1e-4, rtol=0
+        )
+
+
+def test_a_session_does_not_grow() -> None:
+    model, inputs = model_of(LLAVA), LLAVA.inputs(BATCHES["unequal"])
+    with vlmprune.prune(model, "divprune", keep=0.3) as session:
+        generate(model, inputs, max_new_tokens=2)
+        old = weakref.ref(session.last)
+        gc.collect()
+        tensors = sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+        for _ in range(5):
+            generate(model, inputs, max_new_tokens=2)
+        gc.collect()
+        assert old() is None
+        assert sum(isinstance(o, torch.Tensor) for o in gc.get_objects()) <= tensors
+    assert dropped_of(session.last, inputs)[0].any()
+
+
+def test_embeddings_instead_of_ids() -> None:
+    model, inputs = model_of(LLAVA), LLAVA.inputs(BATCHES["unequal"])
+    embeds = model.get_input_embeddings()(inputs["input_ids"]).detach()
+    rest = {key: value for key, value in inputs.items() if key != "input_ids"}
+    with torch.no_grad(), vlmprune.prune(model, "divprune", keep=0.3):
+        torch.testing.assert_close(model(inputs_embeds=embeds, **rest).logits, model(**inputs).logits)

@@ -1,0 +1,186 @@
+"""One call of the language model: which columns each layer still has, and the masks and positions that follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+from transformers.masking_utils import create_causal_mask
+
+from vlmprune.cache import Physical, PrunedLayer, wrap_layers
+from vlmprune.contract import Positions
+from vlmprune.plan import Plan
+
+
+class Course:
+    """The way of one call through the layers.
+
+    Columns count from the start of the call; what the cache holds lies before them, at 0..seen-1.
+
+    Attributes:
+        columns: int64 [B, P], the columns left at this point, -1 for padding; None while all are.
+        shown: bool [B, P] on the CPU, False for padding and masked columns; None if nothing is masked.
+        cache: the call's cache; made here if the model would make one.
+        layer_kwargs: what decoder layers are given instead of the model's own, from the last cut inside the decoder on.
+    """
+
+    def __init__(
+        self, module: nn.Module, kwargs: dict[str, Any], policy: Positions, seen: int, shown: Tensor | None
+    ) -> None:
+        embeds = kwargs["inputs_embeds"]
+        self.module, self.policy, self.seen = module, policy, seen
+        self.config: Any = module.config
+        self.batch, self.length, self.device = embeds.shape[0], embeds.shape[1], embeds.device
+        self.mask: Tensor | None = kwargs.get("attention_mask")
+        self.positions: Tensor | None = kwargs.get("position_ids")
+        use_cache = kwargs.get("use_cache")
+        self.use_cache = self.config.use_cache if use_cache is None else use_cache
+        self.cache: Any = kwargs.get("past_key_values")
+        self.columns: Tensor | None = None
+        self.shown = shown
+        self.layer_kwargs: dict[str, Any] = {}
+
+    def host_shown(self) -> Tensor:
+        """`shown`, spelled out."""
+        width = self.length if self.columns is None else self.columns.shape[1]
+        return torch.ones(self.batch, width, dtype=torch.bool) if self.shown is None else self.shown
+
+    @property
+    def width(self) -> int:
+        """Positions per row that the layers compute from here on."""
+        return self.length if self.columns is None else self.columns.shape[1]
+
+    def cut(self, plan: Plan, layer: int) -> None:
+        """Leave only the plan's positions, from `layer` on; tell the cache layers what is coming."""
+        if self.columns is None:
+            self.columns = plan.index
+        else:
+            self.columns = torch.where(plan.index < 0, -1, self.columns.gather(1, plan.index.clamp(min=0)))
+        self.shown = plan.shown
+        if self.cache is None and self.use_cache:
+            self.cache = DynamicCache(config=self.config)
+        if self.cache is None:
+            return
+        layers = wrap_layers(self.cache, layer, self.config.num_hidden_layers)
+        padded = not bool(plan.shown.all())
+        new = torch.where(self.columns < 0, -1, self.columns + self.seen)
+        held: dict[int, Tensor] = {}
+        for each in layers:
+            # Layers that an earlier call left with different columns stay apart.
+            group = max(layer, each.group)
+            if group not in held:
+                held[group] = torch.cat([self.past(group), new], dim=1)
+            each.expect(held[group], self.seen + self.length, padded or each.padded, group)
+
+    def pruned_layer(self, layer: int) -> PrunedLayer | None:
+        """The cache layer, if an earlier call left it pruned."""
+        layers = getattr(self.cache, "layers", None) or []
+        found = layers[layer] if layer < len(layers) else None
+        return found if isinstance(found, PrunedLayer) and found.columns is not None else None
+
+    def past(self, layer: int) -> Tensor:
+        """int64 [B, H]: columns that the cache layer holds from earlier calls, -1 for padding."""
+        pruned = self.pruned_layer(layer)
+        held = pruned.held() if pruned is not None else None
+        if held is None:
+            held = torch.arange(self.seen, device=self.device).expand(self.batch, -1)
+        return held.to(self.device)
+
+    def arguments(self, layer: int, embeds: Tensor) -> tuple[Tensor, Any]:
+        """Position ids [..., B, P] and what to hand on as attention mask, from `layer` on.
+
+        Raises:
+            ValueError: the 2-D mask does not cover the unpruned sequence.
+        """
+        mask, seen, length, batch = self.mask, self.seen, self.length, self.batch
+        if mask is not None:
+            if not isinstance(mask, Tensor) or mask.shape != (batch, seen + length):
+                shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+                raise ValueError(
+                    f"attention_mask must cover the unpruned prompt: [{batch}, {seen + length}], got {shape}"
+                )
+            mask = mask.bool().to(self.device)
+        positions = self.positions
+        if positions is None:
+            positions = torch.arange(seen, seen + length, device=self.device)[None]
+        positions = positions.expand(*positions.shape[:-2], batch, length)
+
+        pruned, columns = self.pruned_layer(layer), self.columns
+        padded = (columns is not None and not bool(self.host_shown().all())) or (pruned is not None and pruned.padded)
+        plain = mask is None and not padded
+        if plain and columns is None and not self._windowed and self.cache is not None:
+            # Every decode step of an unpadded batch: nothing to look up.
+            hidden = pruned.hidden if pruned is not None and self.policy == "compact" else 0
+            return positions - hidden if hidden else positions, self._masks(layer, embeds)
+        past = self.past(layer)
+        every = torch.arange(length, device=self.device).expand(batch, -1)
+        index = every if columns is None else columns.clamp(min=0)
+        visible = torch.ones(batch, seen + length, dtype=torch.bool, device=self.device) if mask is None else mask
+        past_shown = visible.gather(1, past.clamp(min=0)) & (past >= 0)
+        now_shown = visible[:, seen:].gather(1, index)
+        if columns is not None:
+            now_shown = now_shown & (columns >= 0)
+            positions = positions.gather(-1, index.expand(*positions.shape[:-1], -1))
+        if self.policy == "compact":
+            # A token moves down by the visible tokens before it that are gone.
+            before = visible.cumsum(1)[:, seen:].gather(1, index)
+            after = past_shown.sum(1, keepdim=True) + now_shown.cumsum(1)
+            positions = positions - (before - after)
+        if columns is not None:
+            positions = positions.masked_fill(columns < 0, 0)
+
+        keys, queries = torch.cat([past, index + seen], dim=1), index + seen
+        held = torch.cat([past_shown, now_shown], dim=1)
+        return positions, self._masks(layer, embeds, None if plain else held, held, keys, queries)
+
+    @property
+    def _windowed(self) -> bool:
+        """Whether a sliding window hides anything yet."""
+        size = getattr(self.config, "sliding_window", None)
+        return size is not None and self.seen + self.length > size
+
+    def _masks(
+        self,
+        layer: int,
+        embeds: Tensor,
+        mask: Tensor | None = None,
+        held: Tensor | None = None,
+        keys: Tensor | None = None,
+        queries: Tensor | None = None,
+    ) -> Any:
+        """Attention masks against the keys that really exist, in the form that `layer` takes (0: the whole model).
+
+        transformers would place the queries behind the logical length, and, given no mask, no cache and gaps in the
+        positions, would take the prompt for several packed ones: so the masks are made here.
+        """
+        config, cache = self.config, self.cache
+        physical: Any = Physical(cache.layers[layer]) if cache is not None and layer < len(cache.layers) else None
+        types = getattr(config, "layer_types", None) or []
+
+        def make(sliding: bool) -> Any:
+            if not (sliding and self._windowed):
+                return create_causal_mask(config, embeds, mask, physical, layer_idx=0)
+            assert keys is not None and queries is not None
+            near = _within(config.sliding_window, keys, queries)
+            return create_causal_mask(config, embeds, held, physical, layer_idx=0, and_mask_function=near)
+
+        if layer:
+            return make(types[layer] == "sliding_attention" if types else True)
+        if "sliding_attention" in types and "full_attention" in types:
+            return {"full_attention": make(False), "sliding_attention": make(True)}
+        made = make(not types or "sliding_attention" in types)
+        # None means "plain causal"; without a cache that must be said with a mask.
+        return held if made is None and cache is None else made
+
+
+def _within(size: int, keys: Tensor, queries: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """A sliding window of `size`, counted in original columns of keys [B, H + P] and queries [B, P]."""
+    offset = keys.shape[1] - queries.shape[1]
+
+    def near(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return queries[batch, query - offset] - keys[batch, key] < size
+
+    return near
