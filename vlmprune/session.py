@@ -80,8 +80,8 @@ class Session:
             )
         if any(0 < layer < adapter.earliest_stage for layer in self._stages):
             raise ValueError(
-                f"{pruner.name} acts before layers {self._stages}, but {adapter.family} adds visual features to its first "
-                f"layers: use layers from {adapter.earliest_stage} on, or the boundary."
+                f"{pruner.name} acts before layers {self._stages}, but {adapter.family} adds visual features to its "
+                f"first layers: use layers from {adapter.earliest_stage} on, or the boundary."
             )
         self._handles = [
             adapter.watch(),
