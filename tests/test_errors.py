@@ -119,6 +119,8 @@ def test_masks_that_do_not_fit() -> None:
             model(**{**inputs, "attention_mask": torch.zeros(1, 1, length, length)})
         with pytest.raises(ValueError, match="attention_mask must cover"):
             model(**{**inputs, "attention_mask": torch.ones(1, length + 3)})
+        with pytest.raises(ValueError, match="2-D attention_mask"):
+            model(**{**inputs, "attention_mask": "all"})
 
 
 def test_a_pruner_that_breaks_the_contract_is_caught() -> None:

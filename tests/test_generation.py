@@ -9,7 +9,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from cases import BATCHES, FAMILIES
+from cases import BATCHES, FAMILIES, PRUNERS
 from test_laws import dropped_of, every_family, generate, model_of
 from transformers import DynamicCache
 
@@ -198,3 +198,71 @@ def test_embeddings_instead_of_ids() -> None:
     rest = {key: value for key, value in inputs.items() if key != "input_ids"}
     with torch.no_grad(), vlmprune.prune(model, "divprune", keep=0.3):
         torch.testing.assert_close(model(inputs_embeds=embeds, **rest).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("policy", ["original", "compact"])
+@pytest.mark.parametrize("pruner", ["divprune", "staged"])
+def test_static_cache(attention: str, policy: str, pruner: str) -> None:
+    model, inputs = model_of(LLAVA, attention), LLAVA.inputs(BATCHES["unequal"])
+    with vlmprune.prune(model, PRUNERS[pruner].make(positions=policy)):
+        dynamic = generate(model, inputs)
+        static = generate(model, inputs, cache_implementation="static", disable_compile=True)
+    for mine, theirs in zip(static.logits, dynamic.logits):
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
+
+
+def test_beam_search_and_second_turn_inside_the_decoder() -> None:
+    """Layers that hold different columns are reordered, cropped and continued each for itself."""
+    for policy in ("original", "compact"):
+        model = model_of(LLAVA)
+        with vlmprune.prune(model, PRUNERS["staged"].make(positions=policy)) as session:
+            inputs = LLAVA.inputs([[1, 2, 3, 1, 2, ("image", 0), 3, 4, 1, 2, 3]])
+            greedy = generate(model, inputs, max_new_tokens=12)
+            lookup = generate(model, inputs, max_new_tokens=12, prompt_lookup_num_tokens=3)
+            assert torch.equal(greedy.sequences, lookup.sequences)
+
+            beams = generate(model, inputs, num_beams=3, max_new_tokens=5, output_scores=True)
+            searched = session.last
+
+            cache = DynamicCache(config=model.config)
+            first = generate(model, LLAVA.inputs([[1, ("image", 0), 2, 3]]), past_key_values=cache, max_new_tokens=3)
+            one = session.last
+            new = LLAVA.inputs([[8, ("image", 1), 9]])
+            ids = torch.cat([first.sequences, new["input_ids"]], 1)
+            both = {**new, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            out = generate(model, both, past_key_values=cache, max_new_tokens=4)
+            two = session.last
+        answer = beams.sequences[:, inputs["input_ids"].shape[1] :]
+        dropped = {layer: gone[:1] for layer, gone in dropped_of_first_row(searched, inputs).items()}
+        _, scores = oracle.run(model, inputs, dropped, policy, 4, answer, [])
+        total = sum(s.log_softmax(-1).gather(1, answer[:, i : i + 1])[0, 0] for i, s in enumerate(scores))
+        torch.testing.assert_close(beams.sequences_scores[0], total / 5, atol=1e-4, rtol=0)
+        whole = {**both, "pixel_values": LLAVA.inputs([[("image", 0), ("image", 1)]])["pixel_values"]}
+        turns = [dropped_of(report, whole) for report in (one, two)]
+        dropped = {layer: turns[0][layer] | turns[1][layer] for layer in turns[0]}
+        _, scores = oracle.run(model, whole, dropped, policy, 3, out.sequences[:, -4:], [])
+        for mine, theirs in zip(out.logits, scores):
+            torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
+
+
+def dropped_of_first_row(report: Any, inputs: dict[str, Any]) -> dict[int, torch.Tensor]:
+    """`dropped_of` after beam search: every beam of a prompt has kept the same."""
+    beams = len(report.items)
+    assert all(
+        torch.equal(mine.kept, its.kept)
+        for item in report.items[1:]
+        for mine, its in zip(item.stages, report.items[0].stages)
+    )
+    return dropped_of(report, {"input_ids": inputs["input_ids"].expand(beams, -1)})
+
+
+def test_a_cache_pruned_inside_the_decoder_needs_its_kind_of_session() -> None:
+    model = model_of(LLAVA)
+    cache = DynamicCache(config=model.config)
+    with vlmprune.prune(model, PRUNERS["staged"].make()):
+        first = generate(model, LLAVA.inputs(BATCHES["one"]), past_key_values=cache, max_new_tokens=3).sequences
+    ids = torch.cat([first, torch.tensor([[5, 6]])], 1)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with vlmprune.prune(model, "divprune", keep=0.3), pytest.raises(ValueError, match="inside the decoder"):
+        generate(model, inputs, past_key_values=cache)
