@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-
 from vlmprune.adapters.base import Adapter
 from vlmprune.adapters.llava import LlavaAdapter
 

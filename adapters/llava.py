@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vlmprune.adapters.base import Adapter, split_items
+
 from vlmprune.contract import Geometry, Item
 
 

@@ -139,7 +139,9 @@ def picture(rows: list[dict], path: Path) -> None:
                 label=name if positions == "original" else None,
             )
     axes.plot([], [], "k--", lw=1, label="compact positions")
-    axes.set(xscale="log", xlabel="visual tokens kept of 144", ylabel="accuracy, %", title="Bundled model, digit scenes")
+    axes.set(
+        xscale="log", xlabel="visual tokens kept of 144", ylabel="accuracy, %", title="Bundled model, digit scenes"
+    )
     ticks = sorted({row["tokens"] for row in rows})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
@@ -169,9 +171,7 @@ def main() -> None:
         task = progress.add_task("", total=len(runs) * len(data))
         for name, keep, positions in runs:
             progress.update(task, description=f"{name} keep={keep:g} {positions}")
-            rows.append(
-                evaluate(model, processor, data, name, keep, positions, lambda: progress.advance(task))
-            )
+            rows.append(evaluate(model, processor, data, name, keep, positions, lambda: progress.advance(task)))
     rows[0]["pruner"] = "all tokens"
     meta = {
         "scenes": options.scenes,

@@ -159,13 +159,21 @@ class Staged(vlmprune.Pruner):
         return vlmprune.Selection(index.masked_fill(torch.arange(index.shape[1]) >= budget[:, None], -1))
 
 
+def composed(first: str = "divprune", keep: vlmprune.Keep = 0.6, positions: Any = "original") -> vlmprune.Compose:
+    """The boundary by one method, two decoder layers by another."""
+    return vlmprune.Compose(
+        vlmprune.create_pruner(first, keep=keep, positions=positions),
+        Staged(keep=1.0 if keep == 1.0 else 0.3, positions=positions),
+    )
+
+
 @dataclass
 class PrunerCase:
     """A pruner and two settings of it, easy and hard, each with `keep` well below 1."""
 
     name: str
     settings: tuple[dict[str, Any], ...] = field(default=({"keep": 0.3}, {"keep": 4}))
-    cls: type[vlmprune.Pruner] | None = None
+    cls: Callable[..., vlmprune.Pruner] | None = None
 
     def make(self, hard: bool = False, **changes: Any) -> vlmprune.Pruner:
         fields = {**self.settings[hard], **changes}
@@ -181,6 +189,7 @@ PRUNERS = {
         PrunerCase("uniform"),
         # Two stages inside the decoder; the boundary and a stage that removes every visual token.
         PrunerCase("staged", ({}, {"schedule": ((0, 0.5), (1, 0.25), (2, 0.0))}), Staged),
+        PrunerCase("compose", ({}, {"first": "pool"}), composed),
     )
 }
 

@@ -25,9 +25,7 @@ def test_beam_search_equals_the_oracle(family: Any, policy: str) -> None:
     model, inputs = model_of(family), family.inputs([BATCHES["one"][0], [1, 2, 3]])
     steps = 5
     with vlmprune.prune(model, "divprune", keep=0.3, positions=policy) as session:
-        out = generate(
-            model, inputs, num_beams=3, num_return_sequences=2, max_new_tokens=steps, output_scores=True
-        )
+        out = generate(model, inputs, num_beams=3, num_return_sequences=2, max_new_tokens=steps, output_scores=True)
     assert len({item.sample for item in session.last.items}) == 3, "rows are expanded before the prefill"
     wide = {key: value.repeat_interleave(2, 0) for key, value in inputs.items() if key != "pixel_values"}
     wide["pixel_values"] = inputs["pixel_values"].repeat_interleave(2, 0)
@@ -75,7 +73,9 @@ def test_second_turn_with_a_new_image(family: Any, policy: str, attention: str) 
             answers = [out.sequences]
             if "pixel_values" in new:
                 kept.append(session.last.items[0])
-                assert kept[-1].start == (before if turn is last else 0) + (2 if turn is last else turn.index(("image", 0)))
+                assert kept[-1].start == (before if turn is last else 0) + (
+                    2 if turn is last else turn.index(("image", 0))
+                )
     prompt = out.sequences[:, :-4]
     whole = {
         "input_ids": prompt,
@@ -135,7 +135,11 @@ def test_prompt_lookup_decoding_crops_the_cache() -> None:
 
 def test_labels_are_cut_with_the_sequence_and_gradients_flow() -> None:
     model, inputs = LLAVA.model(), LLAVA.inputs(BATCHES["unequal"])
-    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == 99, -100).masked_fill(inputs["attention_mask"] == 0, -100)
+    labels = (
+        inputs["input_ids"]
+        .masked_fill(inputs["input_ids"] == 99, -100)
+        .masked_fill(inputs["attention_mask"] == 0, -100)
+    )
     for pruner in ("divprune", "pool"):
         model.zero_grad()
         with vlmprune.prune(model, pruner, keep=0.3) as session:
@@ -172,9 +176,7 @@ def test_right_padding_in_a_plain_forward() -> None:
         b = model(**right).logits
         right_columns = session.last.columns
     for row in range(len(a)):
-        torch.testing.assert_close(
-            a[row][left_columns[row] >= 0], b[row][right_columns[row] >= 0], atol=1e-4, rtol=0
-        )
+        torch.testing.assert_close(a[row][left_columns[row] >= 0], b[row][right_columns[row] >= 0], atol=1e-4, rtol=0)
 
 
 def test_a_session_does_not_grow() -> None:
