@@ -36,7 +36,7 @@ class Adapter(ABC):
         self.config: Any = model.config
         self.check()
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027  most families serve all their models
         """Raise ValueError, with one sentence, if this model of the family cannot be served."""
 
     @property

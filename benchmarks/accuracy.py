@@ -139,9 +139,7 @@ def picture(rows: list[dict], path: Path) -> None:
                 label=name if positions == "original" else None,
             )
     axes.plot([], [], "k--", lw=1, label="compact positions")
-    axes.set(
-        xscale="log", xlabel="visual tokens kept of 144", ylabel="accuracy, %", title="Bundled model, digit scenes"
-    )
+    axes.set(xscale="log", xlabel="visual tokens kept of 144", ylabel="accuracy, %", title="Bundled model")
     ticks = sorted({row["tokens"] for row in rows})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()

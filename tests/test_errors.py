@@ -43,7 +43,7 @@ def test_unknown_names() -> None:
         vlmprune.create_pruner("divprun")
     with pytest.raises(ValueError, match="divprune, pool"):
         vlmprune.create_pruner("qqqqqqq")
-    with pytest.raises(ValueError, match="no field 'kep'.*keep"):
+    with pytest.raises(ValueError, match=r"no field 'kep'.*keep"):
         vlmprune.create_pruner("divprune", kep=0.1)
     with pytest.raises(ValueError, match="positions"):
         vlmprune.create_pruner("divprune", positions="renumber")
@@ -62,7 +62,7 @@ def test_missing_signal_is_named_before_any_forward() -> None:
     class Needy(vlmprune.Random):
         needs = frozenset({"sixth_sense"})
 
-    with pytest.raises(ValueError, match="sixth_sense.*divprune"):
+    with pytest.raises(ValueError, match=r"sixth_sense.*divprune"):
         vlmprune.prune(model_of(LLAVA), Needy(keep=0.5))
 
 

@@ -1,6 +1,6 @@
 """Visual token pruning for Hugging Face vision-language models.
 
-    with vlmprune.prune(model, DivPrune(keep=0.1)) as session:
+with vlmprune.prune(model, DivPrune(keep=0.1)) as session:
         model.generate(**inputs)
     print(session.last)
 """

@@ -38,8 +38,8 @@ class Course:
         shown: Tensor | None,
     ) -> None:
         embeds = kwargs["inputs_embeds"]
-        self.module, self.policy, self.seen = module, policy, seen
         self.config: Any = module.config
+        self.policy, self.seen = policy, seen
         self.batch, self.length, self.device = embeds.shape[0], embeds.shape[1], embeds.device
         self.mask = mask
         self.positions: Tensor | None = kwargs.get("position_ids")
@@ -160,7 +160,8 @@ class Course:
         def make(sliding: bool) -> Any:
             if not (sliding and self._windowed):
                 return create_causal_mask(config, embeds, mask, physical, layer_idx=0)
-            assert keys is not None and queries is not None
+            assert keys is not None
+            assert queries is not None
             near = _within(config.sliding_window, keys, queries)
             return create_causal_mask(config, embeds, held, physical, layer_idx=0, and_mask_function=near)
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StageReport:
-    """One stage: before decoder `layer` (0 is the boundary) the item had `kept` left, int64, ascending, from its start."""
+    """What an item had left before decoder `layer` (0: the boundary): `kept`, int64, ascending, from its start."""
 
     layer: int
     kept: Tensor
