@@ -43,7 +43,7 @@ class Adapter(ABC):
         self._alike: dict[tuple[str, int], Geometry] = {}  # (modality, tokens) -> Geometry, where items look alike
         self.check()
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027  most families serve all their models
         """Raise ValueError, with one sentence, if this model of the family cannot be served."""
 
     @property

@@ -4,9 +4,25 @@ Everything here takes and returns tensors, knows no model, and never synchronise
 imported only when a Triton backend runs.
 """
 
+from .attention import attention_scores
+from .compact import compact
 from .cosine import pairwise_cosine
 from .coverage import coverage_select
 from .dpp import dpp_select
 from .max_min import max_min_select
+from .merge import Matching, MergePlan, bipartite_match, merge_plan, merge_tokens, nearest_target
 
-__all__ = ["coverage_select", "dpp_select", "max_min_select", "pairwise_cosine"]
+__all__ = [
+    "Matching",
+    "MergePlan",
+    "attention_scores",
+    "bipartite_match",
+    "compact",
+    "coverage_select",
+    "dpp_select",
+    "max_min_select",
+    "merge_plan",
+    "merge_tokens",
+    "nearest_target",
+    "pairwise_cosine",
+]

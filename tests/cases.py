@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -33,13 +33,21 @@ class Staged(vlmprune.Pruner):
         return vlmprune.Selection(index.masked_fill(torch.arange(index.shape[1]) >= budget[:, None], -1))
 
 
+def composed(first: str = "divprune", keep: vlmprune.Keep = 0.6, positions: Any = "original") -> vlmprune.Compose:
+    """The boundary by one method, two decoder layers by another."""
+    return vlmprune.Compose(
+        vlmprune.create_pruner(first, keep=keep, positions=positions),
+        Staged(keep=1.0 if keep == 1.0 else 0.3, positions=positions),
+    )
+
+
 @dataclass
 class PrunerCase:
     """A pruner and two settings of it, easy and hard, each with `keep` well below 1."""
 
     name: str
     settings: tuple[dict[str, Any], ...] = field(default=({"keep": 0.3}, {"keep": 4}))
-    cls: type[vlmprune.Pruner] | None = None
+    cls: Callable[..., vlmprune.Pruner] | None = None
 
     def make(self, hard: bool = False, **changes: Any) -> vlmprune.Pruner:
         fields = {**self.settings[hard], **changes}
@@ -55,6 +63,7 @@ PRUNERS = {
         PrunerCase("uniform"),
         # Two stages inside the decoder; the boundary and a stage that removes every visual token.
         PrunerCase("staged", ({}, {"schedule": ((0, 0.5), (1, 0.25), (2, 0.0))}), Staged),
+        PrunerCase("compose", ({}, {"first": "pool"}), composed),
     )
 }
 
@@ -83,9 +92,9 @@ BATCHES: dict[str, list[list[Part]]] = {
 
 def batches_of(family: FamilyCase) -> dict[str, list[list[Part]]]:
     """The batches that a family can be asked."""
-    videos = {name: any("video" in part for row in rows for part in row if isinstance(part, tuple))
-              for name, rows in BATCHES.items()}
-    return {name: rows for name, rows in BATCHES.items() if family.video_tokens or not videos[name]}
+    if family.video_tokens:
+        return BATCHES
+    return {name: rows for name, rows in BATCHES.items() if name != "mixed" and "video" not in name}
 
 
 def pruners_of(family: FamilyCase) -> list[str]:
@@ -93,4 +102,4 @@ def pruners_of(family: FamilyCase) -> list[str]:
     if family.name.startswith("llava-clip") or family.name.startswith("llava-siglip"):
         return list(PRUNERS)
     # The mixture's deepstack goes deeper than the first of the stages.
-    return ["divprune", "pool"] if family.name == "qwen3-vl-moe" else ["divprune", "pool", "staged"]
+    return ["divprune", "pool"] if family.name == "qwen3-vl-moe" else ["divprune", "compose"]

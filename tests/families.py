@@ -103,13 +103,17 @@ class FamilyCase:
         width = max(map(len, rows))
         ids = torch.tensor([[PAD] * (width - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, **self.marks(ids)}
         for kind in ("image", "video"):
             parts = [part for prompt in prompts for part in prompt if isinstance(part, tuple) and part[0] == kind]
             if parts:
                 numbers = [number for _, number in parts]
                 inputs |= self.pixels(kind, numbers, _generators(seed, kind, numbers), prompts)
         return {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+
+    def marks(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What else the model is told of `ids`, column by column."""
+        return {}
 
     def pixels(
         self, kind: str, numbers: list[int], generators: Iterator[torch.Generator], prompts: list[list[Part]]
@@ -181,11 +185,8 @@ class QwenCase(FamilyCase):
             return [token for frame in range(frames) for token in (80 + frame, *run)]
         return [START, *[token] * (frames * rows * cols // 4), END]
 
-    def inputs(self, prompts, seed=0, dtype=torch.float32):
-        inputs = super().inputs(prompts, seed, dtype)
-        ids = inputs["input_ids"]
-        inputs["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
-        return inputs
+    def marks(self, ids):
+        return {"mm_token_type_ids": (ids == IMAGE).int() + 2 * (ids == VIDEO).int()}
 
     def pixels(self, kind, numbers, generators, prompts):
         grids = torch.tensor([(self.grids if kind == "image" else self.video_grids)[number] for number in numbers])

@@ -44,7 +44,7 @@ def test_unknown_names() -> None:
         vlmprune.create_pruner("divprun")
     with pytest.raises(ValueError, match="divprune, pool"):
         vlmprune.create_pruner("qqqqqqq")
-    with pytest.raises(ValueError, match="no field 'kep'.*keep"):
+    with pytest.raises(ValueError, match=r"no field 'kep'.*keep"):
         vlmprune.create_pruner("divprune", kep=0.1)
     with pytest.raises(ValueError, match="positions"):
         vlmprune.create_pruner("divprune", positions="renumber")
@@ -63,7 +63,7 @@ def test_missing_signal_is_named_before_any_forward() -> None:
     class Needy(vlmprune.Random):
         needs = frozenset({"sixth_sense"})
 
-    with pytest.raises(ValueError, match="sixth_sense.*divprune"):
+    with pytest.raises(ValueError, match=r"sixth_sense.*divprune"):
         vlmprune.prune(model_of(LLAVA), Needy(keep=0.5))
 
 
@@ -120,6 +120,8 @@ def test_masks_that_do_not_fit() -> None:
             model(**{**inputs, "attention_mask": torch.zeros(1, 1, length, length)})
         with pytest.raises(ValueError, match="attention_mask must cover"):
             model(**{**inputs, "attention_mask": torch.ones(1, length + 3)})
+        with pytest.raises(ValueError, match="2-D attention_mask"):
+            model(**{**inputs, "attention_mask": "all"})
 
 
 def test_a_pruner_that_breaks_the_contract_is_caught() -> None:

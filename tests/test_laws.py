@@ -68,8 +68,8 @@ def embedded(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
 
 
 def merged_rows(model: Any, inputs: dict[str, Any], report: Any, name: str) -> list[tuple[int, int, torch.Tensor]]:
-    """Pool's rows computed afresh: means over its cells of what the language model would be given."""
-    if name != "pool" or not report.changed:
+    """Pool's rows computed afresh: the mean over each kept token's cell of what the model would be given."""
+    if not report.changed or not any(item.merged.any() for item in report.items):
         return []
     from vlmprune.pruners._grid import cell_of
 
@@ -182,9 +182,10 @@ def snapshot(model: Any) -> dict[str, Any]:
 
 @every_pair
 def test_no_trace(family: FamilyCase, pruner: str) -> None:
-    """Law 4: hooks, attributes, classes and outputs are as before, also after an exception in block or model."""
+    """Law 4: hooks, attributes, classes and outputs are as before, after exceptions too."""
     model, inputs = model_of(family), family.inputs(BATCHES["unequal"])
-    before, logits = snapshot(model), generate(model, inputs).logits
+    logits = generate(model, inputs).logits  # transformers puts hooks of its own on at the first call
+    before = snapshot(model)
     session = vlmprune.prune(model, PRUNERS[pruner].make())
     with pytest.raises(ValueError, match="close"):
         vlmprune.prune(model, PRUNERS[pruner].make())
@@ -192,9 +193,14 @@ def test_no_trace(family: FamilyCase, pruner: str) -> None:
     session.close()
     session.close()
     assert snapshot(model) == before
-    session = vlmprune.prune(model, PRUNERS[pruner].make())
-    with pytest.raises(ZeroDivisionError), session:
-        raise ZeroDivisionError
+
+    def fail_inside() -> None:
+        with vlmprune.prune(model, PRUNERS[pruner].make()):
+            generate(model, inputs)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_inside()
     assert snapshot(model) == before
     ids = inputs["input_ids"]
     broken = {**inputs, "input_ids": ids.masked_fill(torch.isin(ids, torch.tensor(PLACEHOLDERS)), 5)}
@@ -224,7 +230,7 @@ def test_truth(family: FamilyCase, pruner: str, batch: str) -> None:
             assert len(item.geometry) == item.tokens_before
             assert [stage.layer for stage in item.stages] == list(method.layers(3))
             for stage in item.stages:
-                (wanted,) = method.budget([item.tokens_before], stage.layer)
+                wanted = method.budget([item.tokens_before], stage.layer)[0]
                 assert len(stage.kept) == wanted < item.tokens_before
                 assert stage.kept.dtype == torch.int64
                 assert (stage.kept[1:] > stage.kept[:-1]).all()

@@ -1,6 +1,6 @@
 """Visual token pruning for Hugging Face vision-language models.
 
-    with vlmprune.prune(model, DivPrune(keep=0.1)) as session:
+with vlmprune.prune(model, DivPrune(keep=0.1)) as session:
         model.generate(**inputs)
     print(session.last)
 """
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vlmprune.contract import Geometry, Item, Keep, Positions, Pruner, Selection, VisualTokens
     from vlmprune.flops import estimate_flops
-    from vlmprune.pruners import DivPrune, Pool, Random, Uniform
+    from vlmprune.pruners import Compose, DivPrune, Pool, Random, Uniform
     from vlmprune.registry import create_pruner, list_pruners, register_pruner
     from vlmprune.report import ItemReport, PruneReport, StageReport
     from vlmprune.session import Session, prune
@@ -38,6 +38,7 @@ _lazy = {
     "ItemReport": "vlmprune.report",
     "StageReport": "vlmprune.report",
     "estimate_flops": "vlmprune.flops",
+    "Compose": "vlmprune.pruners",
     "DivPrune": "vlmprune.pruners",
     "Pool": "vlmprune.pruners",
     "Random": "vlmprune.pruners",
@@ -45,6 +46,7 @@ _lazy = {
 }
 
 __all__ = [
+    "Compose",
     "DivPrune",
     "Geometry",
     "Item",

@@ -6,7 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticCache,
+    StaticSlidingWindowLayer,
+)
 
 
 class PrunedLayer(CacheLayerMixin):
@@ -145,9 +153,10 @@ def wrap_layers(cache: Cache, first: int, depth: int) -> list[PrunedLayer]:
     Raises:
         ValueError: a kind of cache whose layers cannot hold a pruned prompt.
     """
-    if not isinstance(cache, DynamicCache):
+    if not isinstance(cache, (DynamicCache, StaticCache)):
         raise ValueError(
-            f"a {type(cache).__name__} cannot hold a pruned prompt yet: use DynamicCache (the default of generate())."
+            f"a {type(cache).__name__} cannot hold a pruned prompt: use DynamicCache (the default of generate()) or "
+            "StaticCache."
         )
     while len(cache.layers) < depth:
         cache.layers.append(DynamicLayer())
@@ -156,6 +165,8 @@ def wrap_layers(cache: Cache, first: int, depth: int) -> list[PrunedLayer]:
         if isinstance(layer, DynamicSlidingWindowLayer):
             # Its window counts held keys, ours counts original columns: hold all, and let the mask do the windowing.
             layer = unwindowed(layer)
+        if isinstance(layer, StaticSlidingWindowLayer):
+            raise ValueError("a StaticCache with a sliding window cannot hold a pruned prompt: use DynamicCache")
         if not isinstance(layer, PrunedLayer):
             cache.layers[index] = PrunedLayer(layer)
     return cache.layers[first:depth]  # type: ignore[return-value]

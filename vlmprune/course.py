@@ -21,6 +21,7 @@ class Course:
     Columns count from the start of the call; what the cache holds lies before them, at 0..seen-1.
 
     Attributes:
+        mask: bool [B, seen + S], False for padding, or None.
         columns: int64 [B, P], the columns left at this point, -1 for padding; None while all are.
         shown: bool [B, P] on the CPU, False for padding and masked columns; None if nothing is masked.
         cache: the call's cache; made here if the model would make one.
@@ -28,13 +29,19 @@ class Course:
     """
 
     def __init__(
-        self, module: nn.Module, kwargs: dict[str, Any], policy: Positions, seen: int, shown: Tensor | None
+        self,
+        module: nn.Module,
+        kwargs: dict[str, Any],
+        policy: Positions,
+        seen: int,
+        mask: Tensor | None,
+        shown: Tensor | None,
     ) -> None:
         embeds = kwargs["inputs_embeds"]
-        self.module, self.policy, self.seen = module, policy, seen
         self.config: Any = module.config
+        self.policy, self.seen = policy, seen
         self.batch, self.length, self.device = embeds.shape[0], embeds.shape[1], embeds.device
-        self.mask: Tensor | None = kwargs.get("attention_mask")
+        self.mask = mask
         self.positions: Tensor | None = kwargs.get("position_ids")
         use_cache = kwargs.get("use_cache")
         self.use_cache = self.config.use_cache if use_cache is None else use_cache
@@ -90,19 +97,9 @@ class Course:
         return held.to(self.device)
 
     def arguments(self, layer: int, embeds: Tensor) -> tuple[Tensor, Any]:
-        """Position ids [..., B, P] and what to hand on as attention mask, from `layer` on.
-
-        Raises:
-            ValueError: the 2-D mask does not cover the unpruned sequence.
-        """
+        """Position ids [..., B, P] and what to hand on as attention mask, from `layer` on."""
         mask, seen, length, batch = self.mask, self.seen, self.length, self.batch
-        if mask is not None:
-            if not isinstance(mask, Tensor) or mask.shape != (batch, seen + length):
-                shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-                raise ValueError(
-                    f"attention_mask must cover the unpruned prompt: [{batch}, {seen + length}], got {shape}"
-                )
-            mask = mask.bool().to(self.device)
+        mask = None if mask is None else mask.to(self.device)
         positions = self.positions
         if positions is None:
             positions = torch.arange(seen, seen + length, device=self.device)[None]
@@ -163,7 +160,8 @@ class Course:
         def make(sliding: bool) -> Any:
             if not (sliding and self._windowed):
                 return create_causal_mask(config, embeds, mask, physical, layer_idx=0)
-            assert keys is not None and queries is not None
+            assert keys is not None
+            assert queries is not None
             near = _within(config.sliding_window, keys, queries)
             return create_causal_mask(config, embeds, held, physical, layer_idx=0, and_mask_function=near)
 
@@ -174,6 +172,31 @@ class Course:
         made = make(not types or "sliding_attention" in types)
         # None means "plain causal"; without a cache that must be said with a mask.
         return held if made is None and cache is None else made
+
+
+def padding_mask(mask: Any, total: int, length: int) -> Tensor:
+    """The 2-D mask [B, total] (bool, False for padding) behind an `attention_mask`, for `length` new columns.
+
+    For caches that can be compiled, `generate()` prepares masks [B, 1, length, >= total]; any that says no more than
+    "causal, without padding" can be read back.
+
+    Raises:
+        ValueError: the mask does not cover the unpruned sequence, or says more.
+    """
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
+        raise ValueError(f"a session needs a 2-D attention_mask [batch, length] or None, got {type(mask).__name__}")
+    if mask.shape[-1] < total or (mask.ndim == 2 and mask.shape[1] != total):
+        raise ValueError(f"attention_mask must cover the unpruned prompt of {total} columns, got {mask.shape[-1]}")
+    if mask.ndim == 2:
+        return mask.bool()
+    allowed = (mask if mask.dtype == torch.bool else mask == 0)[:, 0, :, :total]
+    shown = allowed[:, -1]
+    causal = torch.ones(length, total, dtype=torch.bool, device=mask.device).tril(total - length)
+    if length > 1 and not torch.equal(allowed, (causal & shown[:, None])):
+        raise ValueError("a session needs a 2-D attention_mask [batch, length]: a custom 4-D one cannot be cut")
+    return shown
 
 
 def _within(size: int, keys: Tensor, queries: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:

@@ -106,7 +106,7 @@ class FlopsEstimate:
 
     def __str__(self) -> str:
         return (
-            f"prefill {format_flops(self.full)} -> {format_flops(self.pruned)} ({self.ratio:.1%}), decode step "
+            f"prefill {format_flops(self.full)} -> {format_flops(self.pruned)} ({100 * self.ratio:.1f} %), decode step "
             f"{format_flops(self.decode_full.total)} -> {format_flops(self.decode_pruned.total)}, KV cache "
             f"{format_bytes(self.kv_bytes_full)} -> {format_bytes(self.kv_bytes_pruned)}"
         )

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from vlmprune.adapters import adapter_for
-from vlmprune.cache import kv_bytes
+from vlmprune.cache import is_pruned, kv_bytes
 from vlmprune.contract import Geometry, Item, Pruner, VisualTokens
-from vlmprune.course import Course
+from vlmprune.course import Course, padding_mask
 from vlmprune.plan import Kept, ascending, plan_rows
 from vlmprune.registry import create_pruner
 from vlmprune.report import ItemReport, PruneReport
@@ -168,12 +168,15 @@ class Session:
         self._raise_if_not_finite()
         arguments = self.adapter.bind(args, kwargs)
         items = self.adapter.items(arguments)
-        mask = arguments.get("attention_mask")
-        if items and mask is not None:
-            if not isinstance(mask, Tensor) or mask.ndim != 2:
-                raise ValueError("a session needs a 2-D attention_mask [batch, length], or None, to prune a prompt")
-            mask = mask.bool().cpu()
-        self._call = {**self._call, "items": items, "visible": mask}
+        cache, mask = arguments.get("past_key_values"), arguments.get("attention_mask")
+        self._call = {**self._call, "items": items}
+        if mask is not None and (items or is_pruned(cache)):
+            ids = arguments.get("input_ids")
+            length = (arguments["inputs_embeds"] if ids is None else ids).shape[1]
+            mask = padding_mask(mask, _seen(cache) + length, length)
+            self._call["mask"] = mask
+            # Looked at here, before the vision tower keeps a GPU busy.
+            self._call["shown"] = mask[:, -length:].cpu() if items else None
 
     def _before_language_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         items: list[Item] = self._call.get("items", [])
@@ -181,11 +184,11 @@ class Session:
         self._course, self._live = None, []
         if embeds is None:
             return None
-        length = embeds.shape[1]
-        shown: Tensor | None = self._call.get("visible")
-        shown = None if shown is None else shown[:, -length:]
-        seen = int(cache.get_seq_length()) if cache is not None else 0
-        course = self._course = Course(module, kwargs, self.pruner.positions, seen, shown)
+        seen = _seen(cache)
+        if not any(self._stages) and any(getattr(layer, "group", 0) for layer in getattr(cache, "layers", ())):
+            raise ValueError("this cache was pruned inside the decoder: go on with it in a session of such a method")
+        mask, shown = self._call.get("mask"), self._call.get("shown")
+        course = self._course = Course(module, kwargs, self.pruner.positions, seen, mask, shown)
         self._live = [_Live(item, torch.arange(item.length, device=embeds.device)) for item in items]
         if items or not seen:
             self._last = self._new_report(course)
@@ -320,6 +323,10 @@ class Session:
         finite, self._finite = self._finite, None
         if finite is not None and not bool(finite):
             raise ValueError("visual features contain NaN or infinity: check the image, the dtype and the vision tower")
+
+
+def _seen(cache: Any) -> int:
+    return int(cache.get_seq_length()) if cache is not None else 0
 
 
 def _stopwatch(device: torch.device) -> Callable[[], Callable[[], float]]:

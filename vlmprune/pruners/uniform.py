@@ -21,8 +21,7 @@ class Uniform(Pruner):
 
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
         picks = [
-            centres(geometry, cell_of(geometry, keep), keep)
-            for geometry, keep in zip(tokens.geometry, budget.tolist())
+            centres(geometry, cell_of(geometry, keep), keep) for geometry, keep in zip(tokens.geometry, budget.tolist())
         ]
         index = torch.nn.utils.rnn.pad_sequence(picks, batch_first=True, padding_value=-1)
         return Selection(index.to(tokens.features.device, non_blocking=True))

@@ -1,0 +1,296 @@
+"""Ask a vision-language model about pictures, with and without pruning, and measure both. Behind `ask` and `demo`."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BatchFeature
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging
+
+from vlmprune.adapters import FAMILIES
+from vlmprune.contract import Keep, Pruner, check_keep
+from vlmprune.report import PruneReport
+from vlmprune.session import prune
+
+MAX_ASPECT = 200
+MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A loaded model with its processor. `name` is for display: the hub id, or the folder's own name."""
+
+    model: Any
+    processor: Any
+    name: str
+
+    @property
+    def settings(self) -> str:
+        """What a timing depends on: attention backend, dtype, device."""
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return f"{self.model.config.get_text_config()._attn_implementation}, {dtype}, {device_name(self.model.device)}"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One greedy answer.
+
+    Attributes:
+        text: the answer without the prompt.
+        new_tokens: tokens generated.
+        first_token_seconds: from the call of `generate()` to its first token, vision tower and selection included.
+        total_seconds: the whole `generate()` call.
+        report: what pruning did; None for a run without a session.
+    """
+
+    text: str
+    new_tokens: int
+    first_token_seconds: float
+    total_seconds: float
+    report: PruneReport | None
+
+
+def parse_keep(text: str) -> Keep:
+    """`"64"` is a count, `"0.1"` a ratio.
+
+    Raises:
+        ValueError: not a number, or not an allowed one.
+    """
+    for kind in (int, float):
+        try:
+            value = kind(text)
+        except ValueError:
+            continue
+        return check_keep(value)
+    return check_keep(text)  # type: ignore[arg-type]  # raises, and names what is allowed
+
+
+def load_image(path: Path) -> Image.Image:
+    """A picture file as RGB: upright (EXIF), transparency on white, 16-bit and float greyscale scaled to 8 bits.
+
+    Raises:
+        ValueError: missing, not a picture, damaged, too large or too thin.
+    """
+    if not path.exists():
+        raise ValueError(f"no such image: '{path}'.")
+    if path.is_dir():
+        raise ValueError(f"'{path}' is a folder: give an image file.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                _check_size(path, *image.size)
+                return _rgb(ImageOps.exif_transpose(image))
+    except Image.DecompressionBombError:
+        raise ValueError(f"'{path}' is larger than {MAX_PIXELS // 10**6} megapixels: scale it down first.") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"'{path}' is not an image that Pillow can read.") from None
+    except (OSError, SyntaxError, EOFError) as error:  # what Pillow's plug-ins raise on damaged files
+        raise ValueError(f"'{path}' cannot be read as an image: {error}.") from None
+
+
+def _check_size(path: Path, width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"'{path}' has {width * height / 1e6:.0f} megapixels: scale it below {MAX_PIXELS // 10**6}.")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ValueError(f"'{path}' is {width} x {height} pixels, longer than {MAX_ASPECT} : 1: crop it first.")
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F" or image.mode.startswith("I"):
+        pixels = np.asarray(image, dtype=np.float64)
+        low, high = (np.nanmin(pixels), np.nanmax(pixels)) if image.mode == "F" else (0, 65535)
+        scaled = np.nan_to_num((pixels - low) / ((high - low) or 1)).clip(0, 1)
+        image = Image.fromarray((255 * scaled).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def load_chat(source: str | None = None, device: str | None = None, dtype: str | None = None) -> Chat:
+    """Load a checkpoint and its processor, the bundled model without `source`.
+
+    Args:
+        source: folder or hub id.
+        device: where to put it; by default "cuda" where there is one, else "cpu".
+        dtype: "float32", "bfloat16", "float16" or None for the checkpoint's own.
+
+    Raises:
+        ValueError: an unknown device, nothing that can be loaded, or an unsupported family.
+    """
+    place = _device(device)
+    if source is None:
+        from vlmprune import bundled
+
+        logging.disable_progress_bar()
+        try:
+            shipped, processor = bundled.load(dtype=getattr(torch, dtype) if dtype else None)
+        finally:
+            logging.enable_progress_bar()
+        return Chat(nn.Module.to(shipped, place), processor, bundled.model_path().name)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        _check_folder(path)
+        source = str(path)
+    elif path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise ValueError(
+            f"'{source}' is not a folder: give a model folder or a hub id such as llava-hf/llava-1.5-7b-hf."
+        )
+    with _loading(source):
+        config = AutoConfig.from_pretrained(source)
+    supported = {kind: family.family for family in FAMILIES for kind in family.model_types}
+    if config.model_type not in supported:
+        known = ", ".join(f"{family} ({kind})" for kind, family in supported.items())
+        raise ValueError(f"'{source}' is a '{config.model_type}' model; supported families: {known}.")
+    with _loading(source):
+        processor = AutoProcessor.from_pretrained(source)
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype or "auto")
+    return Chat(model.eval().to(place), processor, path.resolve().name if path.is_dir() else source)
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device '{name}' cannot be used: {_first_line(error)}.") from None
+    if device.type == "meta":
+        raise ValueError("device 'meta' computes nothing: use cpu or cuda.")
+    return device
+
+
+def _check_folder(path: Path) -> None:
+    file = path / "config.json"
+    if not file.is_file():
+        raise ValueError(f"'{path}' holds no model: config.json is missing.")
+    try:
+        kind = json.loads(file.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError):
+        raise ValueError(f"'{file}' is not a model config: it is no JSON object.") from None
+    if kind is None:
+        raise ValueError(f"'{file}' is not a model config: it names no model_type.")
+
+
+@contextmanager
+def _loading(source: str) -> Iterator[None]:
+    # Loaders raise whatever their formats and the network raise; all of it means the same to the user.
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"'{source}' cannot be loaded: {_first_line(error)}.") from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".:")
+
+
+def encode(chat: Chat, images: Sequence[Image.Image], question: str) -> BatchFeature:
+    """Inputs of `generate()` for one prompt: the pictures, then the question, in the chat template if there is one.
+
+    Raises:
+        ValueError: an empty question, or one that holds the image placeholder.
+    """
+    processor = chat.processor
+    placeholder = getattr(processor, "image_token", None) or "<image>"
+    if not question.strip():
+        raise ValueError("the question is empty.")
+    if placeholder in question:
+        raise ValueError(f"the question must not hold '{placeholder}': the images are put before it.")
+    if getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None):
+        content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
+        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    else:
+        prompt = f"{placeholder}\n" * len(images) + question
+    # A template that writes the BOS token itself must not get a second one.
+    bos = getattr(processor.tokenizer, "bos_token", None)
+    inputs = processor(
+        images=list(images) or None,
+        text=prompt,
+        return_tensors="pt",
+        add_special_tokens=not (bos and prompt.startswith(bos)),
+    )
+    return inputs.to(chat.model.device, chat.model.dtype)
+
+
+class _Clock(BaseStreamer):
+    """Times at which `generate()` hands on the prompt and then each token (on a GPU: when the token has arrived)."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Any) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def answer(chat: Chat, inputs: BatchFeature, pruner: Pruner | None = None, max_new_tokens: int = 64) -> Answer:
+    """Generate one greedy answer, under a session if a pruner is given, and time it."""
+    if pruner is None:
+        return _generate(chat, inputs, max_new_tokens)
+    with prune(chat.model, pruner) as session:
+        done = _generate(chat, inputs, max_new_tokens)
+        return replace(done, report=session.last)
+
+
+def _generate(chat: Chat, inputs: BatchFeature, max_new_tokens: int) -> Answer:
+    clock, verbosity = _Clock(), logging.get_verbosity()
+    logging.set_verbosity_error()  # sampling settings in a checkpoint's generation config are of no use here
+    try:
+        with torch.inference_mode():
+            start = time.perf_counter()
+            ids = chat.model.generate(
+                **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, streamer=clock
+            )
+            end = time.perf_counter()
+    finally:
+        logging.set_verbosity(verbosity)
+    new = ids[0, inputs["input_ids"].shape[1] :]
+    text = chat.processor.tokenizer.decode(new, skip_special_tokens=True).strip()
+    return Answer(text, len(new), clock.times[1] - start, end - start, None)
+
+
+def compare(
+    chat: Chat, inputs: BatchFeature, pruner: Pruner, max_new_tokens: int = 64, repeats: int = 3, warm_up: bool = True
+) -> tuple[Answer, Answer]:
+    """(unpruned, pruned) answers to the same inputs on the same model, device and attention backend.
+
+    The two take turns, `repeats` times after an untimed turn each; times are medians, the texts those of the last turn.
+    """
+    full, pruned = [], []
+    for _ in range(repeats + warm_up):
+        full.append(answer(chat, inputs, None, max_new_tokens))
+        pruned.append(answer(chat, inputs, pruner, max_new_tokens))
+    return _median(full[warm_up:]), _median(pruned[warm_up:])
+
+
+def _median(runs: Sequence[Answer]) -> Answer:
+    return replace(
+        runs[-1],
+        first_token_seconds=statistics.median(run.first_token_seconds for run in runs),
+        total_seconds=statistics.median(run.total_seconds for run in runs),
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """`"cuda: NVIDIA H200"` or `"cpu (2 threads)"`."""
+    if device.type == "cuda":
+        return f"cuda: {torch.cuda.get_device_name(device)}"
+    threads = torch.get_num_threads()
+    return f"cpu ({threads} thread{'s' * (threads > 1)})" if device.type == "cpu" else device.type

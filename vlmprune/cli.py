@@ -1,0 +1,353 @@
+"""The `vlmprune` command. Models and torch are imported inside the verbs: `--help` does not wait for them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from typer.core import TyperGroup
+
+import vlmprune
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vlmprune.ask import Answer, Chat
+    from vlmprune.contract import Pruner
+    from vlmprune.demo import Row
+
+
+class _Group(TyperGroup):
+    """Turns what a user can cause into one sentence: exit code 2, or 130 after Ctrl-C."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _err().print("[yellow]interrupted[/]")
+            raise typer.Exit(130) from None
+        except BrokenPipeError:
+            raise
+        except (ValueError, OSError, ImportError) as error:
+            if ctx.params.get("traceback"):
+                raise
+            _err().print(f"[bold red]error:[/] {escape(_sentence(error))}", soft_wrap=True, highlight=False)
+            raise typer.Exit(2) from None
+        except RuntimeError as error:
+            if ctx.params.get("traceback") or type(error).__name__ != "OutOfMemoryError":
+                raise
+            _err().print("[bold red]error:[/] the device ran out of memory: use a smaller model, image or --dtype.")
+            raise typer.Exit(2) from None
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: '{error.filename}'." if error.filename else f"{error.strerror}."
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Prune visual tokens of Hugging Face vision-language models.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Dtype(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class PositionPolicy(str, Enum):
+    original = "original"
+    compact = "compact"
+
+
+PrunerName = Annotated[str, typer.Option("--pruner", help="Method; `vlmprune methods` lists them.")]
+Positions = Annotated[
+    PositionPolicy | None, typer.Option(help="Position ids after pruning.", show_default="the method's own")
+]
+Device = Annotated[str | None, typer.Option(help="Where to run.", show_default="cuda if there is one, else cpu")]
+Repeats = Annotated[int, typer.Option(min=1, help="Timed runs of each kind; times are medians.")]
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
+    traceback: Annotated[bool, typer.Option(help="Show where an error came from.", hidden=True)] = False,
+) -> None:
+    if version:
+        _out().print(f"vlmprune {vlmprune.__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    pruner: PrunerName = "divprune",
+    keep: Annotated[str, typer.Option(help="Ratio such as 0.25, or count per image such as 64.")] = "0.25",
+    positions: Positions = None,
+    questions: Annotated[int, typer.Option(min=1, help="Questions per scene.")] = 3,
+    repeats: Repeats = 3,
+    device: Device = None,
+    out: Annotated[Path, typer.Option(help="Folder for report.json and kept_tokens.png.")] = Path("out/demo"),
+) -> None:
+    """Ask the bundled model about held-out scenes, with all visual tokens and pruned."""
+    with _err().status("loading the bundled model"):
+        from vlmprune import bundled
+        from vlmprune import demo as job
+        from vlmprune.overlay import check_image_path
+
+        method = _method(pruner, keep, positions)
+        check_image_path(out / "kept_tokens.png")
+        chat = _chat(None, device)
+        todo = job.pick_questions(bundled.demo_scenes(), questions)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=_err(), transient=True) as bar:
+        task = bar.add_task("asking", total=len(todo))
+        rows = job.run(chat, method, todo, repeats, lambda: bar.advance(task))
+    console = _out()
+    console.print(_demo_table(rows))
+    console.print(_demo_summary(rows, chat, repeats), highlight=False)
+    for path in job.write(rows, chat, method, out):
+        console.print(f"wrote [bold]{escape(str(path))}[/]", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def ask(
+    question: Annotated[str, typer.Argument(help="What to ask.", show_default=False)],
+    image: Annotated[
+        list[Path] | None, typer.Option(help="Image file; repeat for several.", show_default=False)
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Hub id or folder of a checkpoint.", show_default="the bundled model")
+    ] = None,
+    pruner: PrunerName = "divprune",
+    keep: Annotated[
+        str | None,
+        typer.Option(help="Ratio such as 0.1, or count per image such as 64.", show_default="the method's own"),
+    ] = None,
+    positions: Positions = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Run unpruned as well and show both.")] = False,
+    overlay: Annotated[
+        Path | None, typer.Option(help="Write a picture of the kept tokens.", show_default=False)
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of the answer.")] = 64,
+    repeats: Repeats = 3,
+    device: Device = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Number format.", show_default="the checkpoint's own")] = None,
+) -> None:
+    """Ask a model about images with pruned visual tokens.
+
+    The answer goes to standard output, what pruning did to standard error.
+    """
+    if not image:
+        raise ValueError("no image: give at least one with --image FILE.")
+    with _err().status("loading the model"):
+        from vlmprune import ask as job
+        from vlmprune.overlay import check_image_path
+
+        pictures = [job.load_image(path) for path in image]
+        method = _method(pruner, keep, positions)
+        if overlay is not None:
+            check_image_path(overlay)
+        chat = _chat(model, device, dtype)
+        inputs = job.encode(chat, pictures, question)
+    with _err().status("answering"):
+        if compare:
+            full, pruned = job.compare(chat, inputs, method, max_new_tokens, repeats)
+        else:
+            full, pruned = None, job.answer(chat, inputs, method, max_new_tokens)
+    report = pruned.report
+    assert report is not None
+    console, notes = _out(), _err()
+    if full is not None:
+        console.print(_compare_table(full, pruned, method))
+        console.print(f"[dim]median of {repeats} after a warm-up; {escape(chat.settings)}[/]", highlight=False)
+    else:
+        console.print(pruned.text, markup=False, highlight=False, soft_wrap=True)
+        notes.print(f"[dim]{escape(f'{method.name}: {report}')}[/]", highlight=False, soft_wrap=True)
+    if not report.changed and keep is None:
+        notes.print(f"[yellow]{method.name} keeps all tokens unless told otherwise: add --keep.[/]", highlight=False)
+    if overlay is not None:
+        _write_overlay(overlay, chat, inputs, question, full, pruned, method)
+        notes.print(f"wrote [bold]{escape(str(overlay))}[/]", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def methods() -> None:
+    """List the pruning methods with their published settings."""
+    import dataclasses
+
+    from vlmprune.registry import pruner_classes
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("method\n[dim]stage[/]", no_wrap=True)
+    table.add_column("published settings", no_wrap=True)
+    table.add_column("what it does\n[dim]where from, signals it needs[/]")
+    for name, cls in pruner_classes().items():
+        fields = [f"{field.name}={field.default}" for field in dataclasses.fields(cls) if field.init]
+        about = " ".join((cls.__doc__ or "").split("\n\n")[0].split())
+        needs = ", ".join(["features", *sorted(cls.needs)])
+        table.add_row(
+            f"[bold]{escape(name)}[/]\n[dim]{escape(cls.stage)}[/]",
+            escape("\n".join(fields)),
+            f"{escape(about)}\n[dim]{escape(cls.paper)}; {escape(needs)}[/]",
+            end_section=True,
+        )
+    _out().print(table)
+
+
+def _chat(model: str | None, device: str | None, dtype: Dtype | None = None) -> Chat:
+    import torch
+
+    from vlmprune.ask import load_chat
+
+    if model is None:
+        torch.set_num_threads(1)  # for a model as small as the bundled one, threads cost more than they bring
+    return load_chat(model, device, dtype.value if dtype else None)
+
+
+def _method(name: str, keep: str | None, positions: PositionPolicy | None) -> Pruner:
+    from vlmprune.ask import parse_keep
+
+    fields: dict[str, Any] = {} if keep is None else {"keep": parse_keep(keep)}
+    if positions is not None:
+        fields["positions"] = positions.value
+    return vlmprune.create_pruner(name, **fields)
+
+
+def _demo_table(rows: Sequence[Row]) -> Table:
+    report = rows[0].report
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("question", "truth", f"with all {report.tokens_before}", f"with {report.tokens_after}"):
+        table.add_column(name)
+    for name in ("visual\ntokens", "prefill\nMFLOPs", "first token\nms", "total\nms"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for i, row in enumerate(rows):
+        pairs = (
+            (row.report.tokens_before, row.report.tokens_after),
+            (row.report.flops_full / 1e6, row.report.flops_pruned / 1e6),
+            (row.full.first_token_seconds * 1e3, row.pruned.first_token_seconds * 1e3),
+            (row.full.total_seconds * 1e3, row.pruned.total_seconds * 1e3),
+        )
+        table.add_row(
+            escape(row.question.text),
+            escape(row.question.answer),
+            _mark(row.full.text, row.right(row.full)),
+            _mark(row.pruned.text, row.right(row.pruned)),
+            *(f"{before:.0f} → {after:.0f}" for before, after in pairs),
+            end_section=i + 1 == len(rows) or rows[i + 1].scene is not row.scene,
+        )
+    return table
+
+
+def _mark(answer: str, right: bool) -> str:
+    return f"[green]✓ {escape(answer)}[/]" if right else f"[red]✗ {escape(answer or '(nothing)')}[/]"
+
+
+def _demo_summary(rows: Sequence[Row], chat: Chat, repeats: int) -> str:
+    from statistics import median
+
+    from vlmprune.demo import right_answers
+
+    full, pruned = right_answers(rows)
+    reports = [row.report for row in rows]
+    whole = [_share(report.flops_full, report.flops_pruned) for report in reports]
+    decoder = [_share(*(flops.language_model for flops in report.flops)) for report in reports]
+    cache = [_share(report.kv_bytes_full, report.kv_bytes_pruned) for report in reports]
+    first = [median(getattr(row, side).first_token_seconds for row in rows) * 1e3 for side in ("full", "pruned")]
+    return (
+        f"[bold]{full} of {len(rows)}[/] right with all visual tokens, [bold]{pruned} of {len(rows)}[/] with "
+        f"{reports[0].tokens_after} of {reports[0].tokens_before}.\n"
+        f"Prefill FLOPs {median(whole):.0f} % (decoder layers {median(decoder):.0f} %), "
+        f"KV cache {median(cache):.0f} %, first token {first[0]:.1f} → {first[1]:.1f} ms.\n"
+        f"[dim]{escape(chat.name)}, median of {repeats}; {escape(chat.settings)}. A model this small gains no time: "
+        f"fixed costs outweigh arithmetic.[/]"
+    )
+
+
+def _share(full: int, pruned: int) -> float:
+    return 100 * pruned / full if full else 100.0
+
+
+def _compare_table(full: Answer, pruned: Answer, method: Pruner) -> Table:
+    from vlmprune.flops import format_bytes, format_flops
+
+    report = pruned.report
+    assert report is not None
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", style="dim", no_wrap=True)
+    table.add_column("all tokens", overflow="fold")
+    table.add_column(f"{method.name}, keep={method.keep}", overflow="fold")
+    table.add_column("", justify="right", no_wrap=True)
+    same = full.text == pruned.text
+    table.add_row(
+        "answer",
+        escape(full.text),
+        escape(pruned.text),
+        "[green]same[/]" if same else "[yellow]differs[/]",
+        end_section=True,
+    )
+
+    def numbers(label: str, before: float, after: float, show: Any, faster: bool = False) -> None:
+        change = f"{before / after:.2f}x" if faster else f"{100 * after / before:.1f} %" if before else ""
+        table.add_row(label, show(before), show(after), change)
+
+    def milliseconds(value: float) -> str:
+        return f"{1e3 * value:.1f} ms"
+
+    numbers("visual tokens", report.tokens_before, report.tokens_after, str)
+    numbers("prefill", report.flops_full, report.flops_pruned, format_flops)
+    numbers("KV cache", report.kv_bytes_full, report.kv_bytes_pruned, format_bytes)
+    numbers("first token", full.first_token_seconds, pruned.first_token_seconds, milliseconds, faster=True)
+    tokens = f"{full.new_tokens}" if full.new_tokens == pruned.new_tokens else f"{full.new_tokens}/{pruned.new_tokens}"
+    numbers(f"total, {tokens} tokens", full.total_seconds, pruned.total_seconds, milliseconds, faster=True)
+    table.add_row("  of it selection", "", milliseconds(report.selection_seconds), "")
+    return table
+
+
+def _write_overlay(
+    path: Path, chat: Chat, inputs: Any, question: str, full: Answer | None, pruned: Answer, method: Pruner
+) -> None:
+    from vlmprune.overlay import MUTED, TEXT, Panel, Span, item_pictures, save_image, seen_pictures, sheet
+
+    report = pruned.report
+    assert report is not None
+    seen = seen_pictures(inputs["pixel_values"], chat.processor.image_processor)
+    panels = []
+    for item in report.items:
+        planes = len(item.geometry.grids)
+        pictures, seen = seen[:planes], seen[planes:]
+        labels = (f"all {item.tokens_before} tokens", f"{item.tokens_after} tokens kept by {method.name}")
+        panels += [Panel(pair, labels) for pair in item_pictures(item, pictures, width=480)]
+    answers: list[list[Span]] = [[("With all tokens: ", MUTED), (full.text, TEXT)]] if full is not None else []
+    answers.append([(f"With {report.tokens_after} of {report.tokens_before}: ", MUTED), (pruned.text, TEXT)])
+    panels[-1].lines = answers
+    save_image(sheet(panels, title=question, subtitle=f"{chat.name}, {method.name}, keep={method.keep}"), path)
+
+
+def _out() -> Console:
+    return _console(sys.stdout)
+
+
+def _err() -> Console:
+    return _console(sys.stderr)
+
+
+def _console(stream: Any) -> Console:
+    # Tables in a log file or a pipe are not squeezed into the 80 columns that such a stream claims to have.
+    wide = None if stream.isatty() or "COLUMNS" in os.environ else 132
+    return Console(file=stream, width=wide)
