@@ -277,3 +277,17 @@ def test_a_cache_pruned_inside_the_decoder_needs_its_kind_of_session() -> None:
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with vlmprune.prune(model, "divprune", keep=0.3), pytest.raises(ValueError, match="inside the decoder"):
         generate(model, inputs, past_key_values=cache)
+
+
+def test_assisted_decoding_with_a_draft_model() -> None:
+    """A draft model proposes, the pruned model verifies: the same answer as without."""
+    model, inputs = model_of(LLAVA), LLAVA.inputs(BATCHES["one"])
+    draft = LLAVA.model()
+    for parameter in draft.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
+    for pruner in ("divprune", "staged"):
+        for policy in ("original", "compact"):
+            with vlmprune.prune(model, PRUNERS[pruner].make(positions=policy)):
+                greedy = generate(model, inputs, max_new_tokens=16, suppress_tokens=None)
+                assisted = generate(model, inputs, max_new_tokens=16, suppress_tokens=None, assistant_model=draft)
+            assert torch.equal(greedy.sequences, assisted.sequences)

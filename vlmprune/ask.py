@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BatchFeature
+from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, PreTrainedConfig
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
@@ -151,11 +151,12 @@ def load_chat(source: str | None = None, device: str | None = None, dtype: str |
             f"'{source}' is not a folder: give a model folder or a hub id such as llava-hf/llava-1.5-7b-hf."
         )
     with _loading(source):
-        config = AutoConfig.from_pretrained(source)
+        # Read before AutoConfig, which fails on types it has not heard of.
+        kind = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
     supported = {kind: family.family for family in FAMILIES for kind in family.model_types}
-    if config.model_type not in supported:
+    if kind not in supported:
         known = ", ".join(f"{family} ({kind})" for kind, family in supported.items())
-        raise ValueError(f"'{source}' is a '{config.model_type}' model; supported families: {known}.")
+        raise ValueError(f"'{source}' is a '{kind}' model; supported families: {known}.")
     with _loading(source):
         processor = AutoProcessor.from_pretrained(source)
         model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype or "auto")
@@ -166,8 +167,8 @@ def _device(name: str | None) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device '{name}' cannot be used: {_first_line(error)}.") from None
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"there is no device '{name}' here: use cpu, or cuda where there is a GPU.") from None
     if device.type == "meta":
         raise ValueError("device 'meta' computes nothing: use cpu or cuda.")
     return device
@@ -191,12 +192,12 @@ def _loading(source: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ValueError(f"'{source}' cannot be loaded: {_first_line(error)}.") from error
+        raise ValueError(f"'{source}' cannot be loaded: {_first_sentence(error)}.") from error
 
 
-def _first_line(error: BaseException) -> str:
+def _first_sentence(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".:")
+    return (lines[0] if lines else type(error).__name__).split(". ")[0].rstrip(".:")
 
 
 def encode(chat: Chat, images: Sequence[Image.Image], question: str) -> BatchFeature:

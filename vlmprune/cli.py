@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,7 +32,9 @@ class _Group(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             _err().print("[yellow]interrupted[/]")
             raise typer.Exit(130) from None
@@ -49,6 +52,10 @@ class _Group(TyperGroup):
             raise typer.Exit(2) from None
 
 
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    _err().print(f"[yellow]warning:[/] {escape(str(message))}", soft_wrap=True, highlight=False)
+
+
 def _sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: '{error.filename}'." if error.filename else f"{error.strerror}."
@@ -60,7 +67,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
-    help="Prune visual tokens of Hugging Face vision-language models.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -84,14 +90,20 @@ Device = Annotated[str | None, typer.Option(help="Where to run.", show_default="
 Repeats = Annotated[int, typer.Option(min=1, help="Timed runs of each kind; times are medians.")]
 
 
-@app.callback()
-def main(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
-    traceback: Annotated[bool, typer.Option(help="Show where an error came from.", hidden=True)] = False,
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         _out().print(f"vlmprune {vlmprune.__version__}", highlight=False)
         raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+    traceback: Annotated[bool, typer.Option("--traceback", hidden=True)] = False,
+) -> None:
+    """Prune visual tokens of Hugging Face vision-language models."""
 
 
 @app.command()

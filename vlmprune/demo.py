@@ -121,9 +121,11 @@ def environment(chat: Chat) -> dict[str, Any]:
 def write(rows: Sequence[Row], chat: Chat, pruner: Pruner, folder: Path) -> tuple[Path, Path]:
     """Write `kept_tokens.png` and `report.json`, each whole or not at all; returns (report, picture)."""
     report, picture = folder / "report.json", folder / "kept_tokens.png"
-    save_image(draw(rows, chat, pruner), picture)
+    drawn = draw(rows, chat, pruner)
+    text = json.dumps(as_json(rows, chat, pruner), indent=1, ensure_ascii=False) + "\n"
+    save_image(drawn, picture)
     with atomic(report) as part:
-        part.write_text(json.dumps(as_json(rows, chat, pruner), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        part.write_text(text, encoding="utf-8")
     return report, picture
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import unicodedata
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -213,11 +214,11 @@ def _wrap(spans: Sequence[Span], size: int, width: int, limit: int = 12) -> list
 
 
 def _pieces(text: str, size: int, width: int) -> Iterator[str]:
+    """Words with the space behind them; those wider than `width` in parts that fit."""
     for word in text.split(" "):
-        while len(word) > 1 and _font(word, size).getlength(word) > width:
-            cut = next(
-                n for n in range(len(word) - 1, 0, -1) if n == 1 or _font(word, size).getlength(word[:n]) <= width
-            )
+        while (font := _font(word, size)).getlength(word) > width and len(word) > 1:
+            ends = range(1, len(word))
+            cut = max(1, bisect_right(ends, width, key=lambda end: font.getlength(word[:end])))
             yield word[:cut]
             word = word[cut:]
         yield word + " "
@@ -239,7 +240,8 @@ def _printable(text: str) -> str:
     text = "".join(c if c.isprintable() else " " for c in text)
     if text.isascii() or _system_font() is not None:
         return text
-    return unicodedata.normalize("NFKD", text).encode("ascii", "replace").decode()
+    plain = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    return plain.encode("ascii", "replace").decode()
 
 
 @lru_cache(maxsize=256)
@@ -274,16 +276,18 @@ def check_image_path(path: Path) -> Path:
     """`path` if a picture can be written there; missing parent folders are made.
 
     Raises:
-        ValueError: its suffix is no picture format, or it is a folder.
-        OSError: its folder cannot be made or written.
+        ValueError: its suffix is no picture format, it is a folder, or its folder cannot be made or written.
     """
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"cannot write '{path}': the name must end in {', '.join(SUFFIXES)}.")
     if path.is_dir():
         raise ValueError(f"cannot write '{path}': it is a folder.")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write '{path}': its folder cannot be made ({error.strerror}).") from None
     if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"cannot write '{path}': no permission to write in its folder.")
+        raise ValueError(f"cannot write '{path}': no permission to write in its folder.")
     return path
 
 
