@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import BATCHES
+from families import FAMILIES
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     CLIPVisionConfig,
@@ -16,6 +18,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+import vlmprune
 from vlmprune.contract import Pruner
 from vlmprune.flops import (
     decode_flops,
@@ -123,6 +126,25 @@ def test_prefill_equals_the_counter_module_by_module(tower, text, attention):
         assert ours.language_model == pytest.approx(measured[f"{top}.model.language_model"], rel=0.01)
         assert ours.lm_head == pytest.approx(measured[f"{top}.lm_head"], rel=0.01)
         assert sum(ours.by_module().values()) == ours.total
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_report_equals_the_counter(family, attention):
+    """Full and pruned, over a batch with several images and videos of unequal size; the head on every position."""
+    model, inputs = family.model(attention), family.inputs(BATCHES["mixed" if family.video_tokens else "unequal"])
+    model.set_experts_implementation("eager")  # the counter does not know grouped matrix products
+    full = count(model, **inputs)
+    with vlmprune.prune(model, "uniform", keep=0.5) as session:
+        pruned = count(model, **inputs)
+    report, top = session.last, type(model).__name__
+    for ours, measured in zip(report.flops, (full, pruned)):
+        tower = measured.get(f"{top}.model.vision_tower", 0) + measured.get(f"{top}.model.visual", 0)
+        projector = measured.get(f"{top}.model.multi_modal_projector", 0)
+        assert ours.vision_tower + ours.projector == pytest.approx(tower + projector, rel=0.01)
+        assert ours.language_model == pytest.approx(measured[f"{top}.model.language_model"], rel=0.01)
+        assert ours.total == pytest.approx(measured["Global"], rel=0.01)
+    assert report.flops_pruned < report.flops_full
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -8,7 +8,8 @@ import oracle
 import pytest
 import torch
 from accelerate import dispatch_model
-from cases import BATCHES, FAMILIES, PRUNERS
+from cases import BATCHES, PRUNERS
+from families import FAMILIES
 from PIL import Image
 from test_laws import STEPS, dropped_of, generate
 from transformers import pipeline
