@@ -19,6 +19,7 @@ from transformers import (
 )
 
 import vlmprune
+from vlmprune import bundled
 from vlmprune.contract import Pruner
 from vlmprune.flops import (
     decode_flops,
@@ -28,6 +29,7 @@ from vlmprune.flops import (
     kv_cache_bytes,
     prefill_flops,
 )
+from vlmprune.session import prune
 
 IMAGE = 31
 TOWERS = {
@@ -193,6 +195,27 @@ def test_estimate_equals_the_counter_before_and_after_pruning():
     assert estimate.pruned == pytest.approx(short["Global"] + vision + projector, rel=0.01)
     assert estimate.ratio == estimate.pruned / estimate.full < 1
     assert estimate.decode_pruned.total < estimate.decode_full.total
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.25])
+def test_report_of_the_bundled_model_equals_the_counter(keep):
+    model, processor = bundled.load()
+    scene = bundled.demo_scenes()[0]
+    content = [{"type": "image"}, {"type": "text", "text": scene.questions[0].text}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    inputs = processor(images=[scene.image], text=text, return_tensors="pt")
+    with prune(model, "uniform", keep=keep) as session:  # a method that multiplies no matrices itself
+        measured = count(model.generate, **inputs, max_new_tokens=1, do_sample=False)
+    assert session.last.tokens_after == keep * 144
+    assert session.last.flops_pruned == pytest.approx(measured["Global"], rel=0.01)
+    estimate = estimate_flops(
+        model, text_tokens=inputs["input_ids"].shape[1] - 144, visual_tokens=144, pruner=session.pruner
+    )
+    assert (session.last.flops_full, session.last.flops_pruned) == (estimate.full, estimate.pruned)
+    assert (session.last.kv_bytes_full, session.last.kv_bytes_pruned) == (
+        estimate.kv_bytes_full,
+        estimate.kv_bytes_pruned,
+    )
 
 
 def test_layers_of_unequal_length():

@@ -96,7 +96,7 @@ def test_text_of_any_kind_stays_inside_its_card(text):
     for line in lines:
         shown = "".join(span for span, _ in line).rstrip()
         assert sum(overlay._font(span, 19).getlength(span.rstrip()) for span, _ in line) <= 300 or len(shown) <= 1
-    page = overlay.sheet([Panel([noise(40, 300)], ["label"], [[], [(text, TEXT)]])], title=text, subtitle=text)
+    page = overlay.sheet([Panel([noise(40, 300)], ["label"], [[], [(text, TEXT)]])], title=text, lines=[[(text, TEXT)]])
     assert page.width == 300 + 2 * 14 + 2 * 28
 
 

@@ -281,13 +281,15 @@ def _demo_summary(rows: Sequence[Row], chat: Chat, repeats: int) -> str:
     decoder = [_share(*(flops.language_model for flops in report.flops)) for report in reports]
     cache = [_share(report.kv_bytes_full, report.kv_bytes_pruned) for report in reports]
     first = [median(getattr(row, side).first_token_seconds for row in rows) * 1e3 for side in ("full", "pruned")]
+    slow = (
+        " A model this small gains little time: fixed costs outweigh arithmetic." if first[1] > 0.9 * first[0] else ""
+    )
     return (
         f"[bold]{full} of {len(rows)}[/] right with all visual tokens, [bold]{pruned} of {len(rows)}[/] with "
         f"{reports[0].tokens_after} of {reports[0].tokens_before}.\n"
         f"Prefill FLOPs {median(whole):.0f} % (decoder layers {median(decoder):.0f} %), "
         f"KV cache {median(cache):.0f} %, first token {first[0]:.1f} → {first[1]:.1f} ms.\n"
-        f"[dim]{escape(chat.name)}, median of {repeats}; {escape(chat.settings)}. A model this small gains no time: "
-        f"fixed costs outweigh arithmetic.[/]"
+        f"[dim]{escape(chat.name)}, median of {repeats}; {escape(chat.settings)}.{slow}[/]"
     )
 
 
@@ -318,16 +320,16 @@ def _compare_table(full: Answer, pruned: Answer, method: Pruner) -> Table:
         change = f"{before / after:.2f}x" if faster else f"{100 * after / before:.1f} %" if before else ""
         table.add_row(label, show(before), show(after), change)
 
-    def milliseconds(value: float) -> str:
-        return f"{1e3 * value:.1f} ms"
+    def seconds(value: float) -> str:
+        return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.1f} ms"
 
     numbers("visual tokens", report.tokens_before, report.tokens_after, str)
     numbers("prefill", report.flops_full, report.flops_pruned, format_flops)
     numbers("KV cache", report.kv_bytes_full, report.kv_bytes_pruned, format_bytes)
-    numbers("first token", full.first_token_seconds, pruned.first_token_seconds, milliseconds, faster=True)
+    numbers("first token", full.first_token_seconds, pruned.first_token_seconds, seconds, faster=True)
     tokens = f"{full.new_tokens}" if full.new_tokens == pruned.new_tokens else f"{full.new_tokens}/{pruned.new_tokens}"
-    numbers(f"total, {tokens} tokens", full.total_seconds, pruned.total_seconds, milliseconds, faster=True)
-    table.add_row("  of it selection", "", milliseconds(report.selection_seconds), "")
+    numbers(f"total, {tokens} tokens", full.total_seconds, pruned.total_seconds, seconds, faster=True)
+    table.add_row("  of it selection", "", seconds(report.selection_seconds), "")
     return table
 
 
@@ -343,12 +345,13 @@ def _write_overlay(
     for item in report.items:
         planes = len(item.geometry.grids)
         pictures, seen = seen[:planes], seen[planes:]
-        labels = (f"all {item.tokens_before} tokens", f"{item.tokens_after} tokens kept by {method.name}")
+        note = ", amber: merged" if item.merged is not None and item.merged.any() else ""
+        labels = (f"all {item.tokens_before} tokens", f"{item.tokens_after} tokens kept by {method.name}{note}")
         panels += [Panel(pair, labels) for pair in item_pictures(item, pictures, width=480)]
-    answers: list[list[Span]] = [[("With all tokens: ", MUTED), (full.text, TEXT)]] if full is not None else []
-    answers.append([(f"With {report.tokens_after} of {report.tokens_before}: ", MUTED), (pruned.text, TEXT)])
-    panels[-1].lines = answers
-    save_image(sheet(panels, title=question, subtitle=f"{chat.name}, {method.name}, keep={method.keep}"), path)
+    lines: list[list[Span]] = [[("With all tokens: ", MUTED), (full.text, TEXT)]] if full is not None else []
+    lines.append([(f"With {report.tokens_after} of {report.tokens_before} tokens: ", MUTED), (pruned.text, TEXT)])
+    lines.append([(f"{chat.name}, {method.name}, keep={method.keep}, positions={method.positions}", MUTED)])
+    save_image(sheet(panels, question, lines, columns=1 if len(panels) < 3 else 2), path)
 
 
 def _out() -> Console:

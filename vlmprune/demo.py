@@ -142,11 +142,11 @@ def draw(rows: Sequence[Row], chat: Chat, pruner: Pruner) -> Any:
         panels.append(Panel([seen, bright], labels, lines))
     full, pruned = right_answers(rows)
     before, after = rows[0].report.tokens_before, rows[0].report.tokens_after
+    score = f"{full} right with all tokens, {pruned} right with {100 * after / before:.0f} % of them"
     return sheet(
         panels,
         title=f"{type(pruner).__name__} keeps {after} of {before} visual tokens",
-        subtitle=f"{chat.name}, {len(rows)} questions about scenes it never saw: {full} right with all tokens, "
-        f"{pruned} right with {100 * after / before:.0f} % of them",
+        lines=[[(f"{chat.name}, {len(rows)} questions about scenes it never saw: {score}", MUTED)]],
         columns=2,
     )
 

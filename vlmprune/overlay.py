@@ -139,20 +139,23 @@ def item_pictures(
         yield enlarge(seen, width), draw_kept(seen, grid, width)
 
 
-def sheet(panels: Sequence[Panel], title: str = "", subtitle: str = "", columns: int = 1) -> Image.Image:
-    """All panels on one page, `columns` to a row, under a title."""
+def sheet(
+    panels: Sequence[Panel], title: str = "", lines: Sequence[Sequence[Span]] = (), columns: int = 1
+) -> Image.Image:
+    """All panels on one page, `columns` to a row, under a title and lines of coloured text."""
     cards = [_card(panel) for panel in panels]
     columns = max(1, min(columns, len(cards)))
     wide = max((card.width for card in cards), default=400)
     rows = [cards[i : i + columns] for i in range(0, len(cards), columns)]
     width = columns * wide + (columns - 1) * _MARGIN + 2 * _MARGIN
-    heads = [(title, TEXT, _FONT + 11), (subtitle, MUTED, _FONT)]
-    lines = [(line, size) for text, colour, size in heads if text for line in _wrap([(text, colour)], size, width - 56)]
-    top = _MARGIN + sum(_leading(size) for _, size in lines) + (_GAP if lines else 0)
+    heads = [([(title, TEXT)], _FONT + 11)] if title else []
+    heads += [(list(line), _FONT) for line in lines]
+    wrapped = [(line, size) for spans, size in heads for line in _wrap(spans, size, width - 2 * _MARGIN)]
+    top = _MARGIN + sum(_leading(size) for _, size in wrapped) + (_GAP if wrapped else 0)
     height = top + sum(max(card.height for card in row) + _MARGIN for row in rows)
     page = Image.new("RGB", (width, height), _PAGE)
     draw, y = ImageDraw.Draw(page), _MARGIN
-    for line, size in lines:
+    for line, size in wrapped:
         _write(draw, _MARGIN, y, line, size)
         y += _leading(size)
     y = top
