@@ -26,13 +26,17 @@ every_policy = pytest.mark.parametrize(
 @every_policy
 def test_beam_search_equals_the_oracle(family: Any, policy: str) -> None:
     """Every hypothesis has the score that the oracle gives its tokens."""
-    prompts = [BATCHES["mixed"][2] if family.video_tokens else BATCHES["three"][0], [1, 2, 3]]
-    model, inputs = model_of(family), family.inputs(prompts)
+    model = model_of(family)
+    prompt = BATCHES["mixed"][2] if family.video_tokens else BATCHES["three"][0]
+    if not hasattr(model, "_expand_multimodal_outputs") and "compact" in family.positions:
+        # Up to transformers 5.17 the pictures of one prompt are repeated one by one: A A B B for two rows A B.
+        prompt = [1, 2, ("image", 1), 3]
+    inputs = family.inputs([prompt, [1, 2, 3]])
     steps = 5
     with vlmprune.prune(model, "divprune", keep=0.3, positions=policy) as session:
         out = generate(model, inputs, num_beams=3, num_return_sequences=2, max_new_tokens=steps, output_scores=True)
     assert len({item.sample for item in session.last.items}) == 3, "rows are expanded before the prefill"
-    wide = family.inputs([prompts[0], prompts[0], prompts[1], prompts[1]])
+    wide = family.inputs([prompt, prompt, [1, 2, 3], [1, 2, 3]])
     dropped = oracle.everything_visible(wide)
     for item in session.last.items:
         if item.sample < 2:
