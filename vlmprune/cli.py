@@ -250,12 +250,12 @@ def _demo_table(rows: Sequence[Row], width: int) -> Table:
     for name in ("visual\ntokens", "prefill\nMFLOPs", "first token\nms", "total\nms")[shown]:
         table.add_column(name, justify="right", no_wrap=True)
     for i, row in enumerate(rows):
-        pairs = (
+        pairs: list[tuple[float, float]] = [
             (row.report.tokens_before, row.report.tokens_after),
             (row.report.flops_full / 1e6, row.report.flops_pruned / 1e6),
             (row.full.first_token_seconds * 1e3, row.pruned.first_token_seconds * 1e3),
             (row.full.total_seconds * 1e3, row.pruned.total_seconds * 1e3),
-        )
+        ]
         table.add_row(
             escape(row.question.text),
             escape(row.question.answer),
