@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from types import MethodType
@@ -30,7 +31,7 @@ class Adapter(ABC):
     family: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]
     modalities: ClassVar[tuple[str, ...]] = ("image",)
-    signals: ClassVar[frozenset[str]] = frozenset()
+    signals: ClassVar[frozenset[str]] = frozenset({"last_attention"})
     positions: ClassVar[frozenset[str]] = frozenset({"original", "compact"})
 
     def __init__(self, model: nn.Module) -> None:
@@ -64,6 +65,22 @@ class Adapter(ABC):
         if positions.ndim == 3 and len(positions) == 4:  # M-RoPE with the text positions in front
             positions = positions[1:]
         return self.language_model.rotary_emb(hidden, positions)  # type: ignore[operator]
+
+    def queries_and_keys(
+        self, layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Queries [B, H, S, d] and keys [B, G, S, d] of a decoder layer for the hidden states [B, S, D] that enter it.
+
+        Normed, projected and rotated as the layer does it; G key heads serve H query heads.
+        """
+        attention: Any = layer.self_attn
+        hidden = layer.input_layernorm(hidden)  # type: ignore[operator]
+        shape = (*hidden.shape[:-1], -1, attention.head_dim)
+        queries, keys = attention.q_proj(hidden).view(shape), attention.k_proj(hidden).view(shape)
+        if hasattr(attention, "q_norm"):
+            queries, keys = attention.q_norm(queries), attention.k_norm(keys)
+        rotate = vars(sys.modules[type(attention).__module__])["apply_rotary_pos_emb"]
+        return rotate(queries.transpose(1, 2), keys.transpose(1, 2), *rotary)
 
     def cut(self, kwargs: dict[str, Any], columns: Tensor | None) -> dict[str, Any]:
         """The language model's arguments with the family's own per-column ones cut.

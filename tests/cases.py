@@ -58,6 +58,7 @@ PRUNERS = {
     case.name: case
     for case in (
         PrunerCase("divprune"),
+        PrunerCase("fastv", ({"keep": 0.3, "layer": 1}, {"keep": 4})),
         PrunerCase("pool"),
         PrunerCase("random", ({"keep": 0.3, "seed": 3}, {"keep": 4})),
         PrunerCase("uniform"),

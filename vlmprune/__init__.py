@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vlmprune.contract import Geometry, Item, Keep, Positions, Pruner, Selection, VisualTokens
     from vlmprune.flops import estimate_flops
-    from vlmprune.pruners import Compose, DivPrune, Pool, Random, Uniform
+    from vlmprune.pruners import Compose, DivPrune, FastV, Pool, Random, Uniform
     from vlmprune.registry import create_pruner, list_pruners, register_pruner
     from vlmprune.report import ItemReport, PruneReport, StageReport
     from vlmprune.session import Session, prune
@@ -40,6 +40,7 @@ _lazy = {
     "estimate_flops": "vlmprune.flops",
     "Compose": "vlmprune.pruners",
     "DivPrune": "vlmprune.pruners",
+    "FastV": "vlmprune.pruners",
     "Pool": "vlmprune.pruners",
     "Random": "vlmprune.pruners",
     "Uniform": "vlmprune.pruners",
@@ -48,6 +49,7 @@ _lazy = {
 __all__ = [
     "Compose",
     "DivPrune",
+    "FastV",
     "Geometry",
     "Item",
     "ItemReport",

@@ -131,7 +131,7 @@ def demo(
         task = bar.add_task("asking", total=len(todo))
         rows = job.run(chat, method, todo, repeats, lambda: bar.advance(task))
     console = _out()
-    console.print(_demo_table(rows))
+    console.print(_demo_table(rows, console.width))
     console.print(_demo_summary(rows, chat, repeats), highlight=False)
     for path in job.write(rows, chat, method, out):
         console.print(f"wrote [bold]{escape(str(path))}[/]", highlight=False, soft_wrap=True)
@@ -241,33 +241,34 @@ def _method(name: str, keep: str | None, positions: PositionPolicy | None) -> Pr
     return vlmprune.create_pruner(name, **fields)
 
 
-def _demo_table(rows: Sequence[Row]) -> Table:
+def _demo_table(rows: Sequence[Row], width: int) -> Table:
     report = rows[0].report
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("question", "truth", f"with all {report.tokens_before}", f"with {report.tokens_after}"):
-        table.add_column(name)
-    for name in ("visual\ntokens", "prefill\nMFLOPs", "first token\nms", "total\nms"):
+        table.add_column(name, overflow="fold")
+    shown = slice(0, 4) if width >= 120 else slice(0, 3) if width >= 90 else slice(1, 3)  # what a terminal has room for
+    for name in ("visual\ntokens", "prefill\nMFLOPs", "first token\nms", "total\nms")[shown]:
         table.add_column(name, justify="right", no_wrap=True)
     for i, row in enumerate(rows):
-        pairs = (
+        pairs: list[tuple[float, float]] = [
             (row.report.tokens_before, row.report.tokens_after),
             (row.report.flops_full / 1e6, row.report.flops_pruned / 1e6),
             (row.full.first_token_seconds * 1e3, row.pruned.first_token_seconds * 1e3),
             (row.full.total_seconds * 1e3, row.pruned.total_seconds * 1e3),
-        )
+        ]
         table.add_row(
             escape(row.question.text),
             escape(row.question.answer),
             _mark(row.full.text, row.right(row.full)),
             _mark(row.pruned.text, row.right(row.pruned)),
-            *(f"{before:.0f} → {after:.0f}" for before, after in pairs),
+            *(f"{before:.0f} → {after:.0f}" for before, after in pairs[shown]),
             end_section=i + 1 == len(rows) or rows[i + 1].scene is not row.scene,
         )
     return table
 
 
 def _mark(answer: str, right: bool) -> str:
-    return f"[green]✓ {escape(answer)}[/]" if right else f"[red]✗ {escape(answer or '(nothing)')}[/]"
+    return f"[green]✓\u00a0{escape(answer)}[/]" if right else f"[red]✗\u00a0{escape(answer or '(nothing)')}[/]"
 
 
 def _demo_summary(rows: Sequence[Row], chat: Chat, repeats: int) -> str:

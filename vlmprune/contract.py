@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import numbers
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar, Literal, TypeAlias
 
@@ -145,6 +145,10 @@ class Item:
         return self.start + (self.length if self.columns is None else self.span)
 
 
+def _no_signal(name: str) -> Tensor:
+    raise KeyError(f"the signal {name!r} was not asked for: name it in the pruner's `needs`")
+
+
 @dataclass
 class VisualTokens:
     """The visual tokens of every item of a batch, padded at the end to a common length.
@@ -156,6 +160,9 @@ class VisualTokens:
         index: per item, int64 [N] on the features' device: which of its original tokens these are, ascending.
         shapes: one `Geometry` per item, of all its original tokens.
         layer: decoder layer before which the choice is made; 0 is the boundary.
+        signal: gives a further signal by name; those that the pruner `needs`, computed when asked for:
+            "last_attention", fp32 [I, N]: attention that the last token of the row paid to each in the decoder layer
+            before, mean over heads (not at the boundary).
     """
 
     features: Tensor
@@ -163,6 +170,7 @@ class VisualTokens:
     index: tuple[Tensor, ...]
     shapes: tuple[Geometry, ...]
     layer: int = 0
+    signal: Callable[[str], Tensor] = field(default=_no_signal, repr=False)
 
     @cached_property
     def geometry(self) -> tuple[Geometry, ...]:

@@ -99,7 +99,6 @@ class Course:
     def arguments(self, layer: int, embeds: Tensor) -> tuple[Tensor, Any]:
         """Position ids [..., B, P] and what to hand on as attention mask, from `layer` on."""
         mask, seen, length, batch = self.mask, self.seen, self.length, self.batch
-        mask = None if mask is None else mask.to(self.device)
         positions = self.positions
         if positions is None:
             positions = torch.arange(seen, seen + length, device=self.device)[None]
@@ -112,14 +111,9 @@ class Course:
             # Every decode step of an unpadded batch: nothing to look up.
             hidden = pruned.hidden if pruned is not None and self.policy == "compact" else 0
             return positions - hidden if hidden else positions, self._masks(layer, embeds)
-        past = self.past(layer)
-        every = torch.arange(length, device=self.device).expand(batch, -1)
-        index = every if columns is None else columns.clamp(min=0)
-        visible = torch.ones(batch, seen + length, dtype=torch.bool, device=self.device) if mask is None else mask
-        past_shown = visible.gather(1, past.clamp(min=0)) & (past >= 0)
-        now_shown = visible[:, seen:].gather(1, index)
+        past, index, visible, held = self._keys(layer)
+        past_shown, now_shown = held[:, : past.shape[1]], held[:, past.shape[1] :]
         if columns is not None:
-            now_shown = now_shown & (columns >= 0)
             positions = positions.gather(-1, index.expand(*positions.shape[:-1], -1))
         if self.policy == "compact":
             # A token moves down by the visible tokens before it that are gone.
@@ -130,8 +124,32 @@ class Course:
             positions = positions.masked_fill(columns < 0, 0)
 
         keys, queries = torch.cat([past, index + seen], dim=1), index + seen
-        held = torch.cat([past_shown, now_shown], dim=1)
         return positions, self._masks(layer, embeds, None if plain else held, held, keys, queries)
+
+    def key_mask(self, layer: int) -> Tensor:
+        """bool [B, H + P]: of the keys that `layer`, not yet run, will hold, those that a row's last token sees."""
+        past, index, _, held = self._keys(layer)
+        types = getattr(self.config, "layer_types", None)
+        if self._windowed and (types is None or types[layer] == "sliding_attention"):
+            columns = torch.cat([past, index + self.seen], dim=1)
+            last = columns.masked_fill(~held, -1).amax(dim=1, keepdim=True)
+            held = held & (last - columns < self.config.sliding_window)
+        return held
+
+    def _keys(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Columns held from before [B, H], columns of this call [B, P], and what is shown: of all, and of these."""
+        past, columns = self.past(layer), self.columns
+        total = self.seen + self.length
+        visible = torch.ones(self.batch, total, dtype=torch.bool, device=self.device)
+        if self.mask is not None:
+            visible = self.mask.to(self.device)
+        every = torch.arange(self.length, device=self.device).expand(self.batch, -1)
+        index = every if columns is None else columns.clamp(min=0)
+        past_shown = visible.gather(1, past.clamp(min=0)) & (past >= 0)
+        now_shown = visible[:, self.seen :].gather(1, index)
+        if columns is not None:
+            now_shown = now_shown & (columns >= 0)
+        return past, index, visible, torch.cat([past_shown, now_shown], dim=1)
 
     @property
     def _windowed(self) -> bool:

@@ -18,6 +18,7 @@ from vlmprune.adapters import adapter_for
 from vlmprune.cache import is_pruned, kv_bytes
 from vlmprune.contract import Geometry, Item, Pruner, VisualTokens
 from vlmprune.course import Course, padding_mask
+from vlmprune.kernels import attention_scores
 from vlmprune.plan import Kept, ascending, plan_rows
 from vlmprune.registry import create_pruner
 from vlmprune.report import ItemReport, PruneReport
@@ -71,6 +72,7 @@ class Session:
         self._call: dict[str, Any] = {}  # what the call in progress brought, from one hook to the next
         self._course: Course | None = None
         self._live: list[_Live] = []
+        self._layer_before: tuple[int, Tensor, tuple[Tensor, Tensor], Tensor] | None = None
         self._finite: Tensor | None = None
         decoder = adapter.decoder_layers
         self._stages = tuple(self.pruner.layers(len(decoder)))
@@ -93,7 +95,7 @@ class Session:
             self._handles += [
                 layer.register_forward_pre_hook(functools.partial(self._before_layer, number), with_kwargs=True)
                 for number, layer in enumerate(decoder)
-                if number >= min(filter(None, self._stages))
+                if number >= min(filter(None, self._stages)) - 1
             ]
         if adapter.model is not adapter.core:
             self._handles += [
@@ -128,7 +130,7 @@ class Session:
         """Detach: the model is exactly as before. Calling it again does nothing."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._call, self._course, self._live = [], {}, None, []
+        self._handles, self._call, self._course, self._live, self._layer_before = [], {}, None, [], None
 
     def __enter__(self) -> Session:
         return self
@@ -181,7 +183,7 @@ class Session:
     def _before_language_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         items: list[Item] = self._call.get("items", [])
         embeds, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
-        self._course, self._live = None, []
+        self._course, self._live, self._layer_before = None, [], None
         if embeds is None:
             return None
         seen = _seen(cache)
@@ -222,11 +224,12 @@ class Session:
                 "position_embeddings": self.adapter.rotary(hidden, positions),
                 "position_ids": positions if kwargs.get("position_ids") is not None else None,
             }
-        if not course.layer_kwargs:
-            return None
+        kwargs = {**kwargs, **course.layer_kwargs}
+        if number + 1 in self._stages and self._live and "last_attention" in self.pruner.needs:
+            self._layer_before = (number, hidden, kwargs["position_embeddings"], course.key_mask(number))
         if args:
-            return (hidden, *args[1:]), {**kwargs, **course.layer_kwargs}
-        return args, {**kwargs, **course.layer_kwargs, "hidden_states": hidden}
+            return (hidden, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": hidden}
 
     def _stage(self, layer: int, course: Course, rows: Tensor) -> Tensor:
         """Let the pruner choose before `layer`: the rows [B, P, D] that are left, the course and the report updated."""
@@ -258,6 +261,7 @@ class Session:
                 index=tuple(e.index for e in picked),
                 shapes=tuple(e.geometry for e in picked),
                 layer=layer,
+                signal=functools.partial(self._signal, picked, course),
             )
             self._check_finite(tokens.features)
             wanted = torch.tensor([budgets[i] for i in chosen])
@@ -277,11 +281,35 @@ class Session:
                 if choice is not None and choice.features is not None:
                     each.merged = torch.ones_like(each.merged)
                 each.index, each.item = index, moved
+        self._layer_before = None
         if self._last is not None and live:
             self._last.record(layer, [(each.index, each.merged) for each in live], course, timer)
         return rows
 
+    def _signal(self, live: list[_Live], course: Course, name: str) -> Tensor:
+        if name not in self.pruner.needs or name != "last_attention":
+            raise KeyError(f"the signal {name!r} was not asked for: name it in the pruner's `needs`")
+        if self._layer_before is None:
+            raise ValueError(f"{self.pruner.name} needs attention, which there is none of before the first layer")
+        number, hidden, (cos, sin), held = self._layer_before
+        shown = course.host_shown()
+        last = torch.where(shown, torch.arange(shown.shape[1]), -1).amax(dim=1).to(hidden.device)
+        row = torch.arange(len(hidden), device=hidden.device)
+        cos, sin = (part.expand(len(hidden), -1, -1) for part in (cos, sin))
+        layer = self.adapter.decoder_layers[number]
+        keys = None if course.cache is None else course.cache.layers[number].keys[:, :, : held.shape[1]]
+        if keys is None or keys.shape[2] < held.shape[1]:  # no cache, or a sliding window that forgets
+            if held.shape[1] > hidden.shape[1]:
+                raise ValueError("the sliding window has dropped keys of earlier turns: start a new conversation")
+            _, keys = self.adapter.queries_and_keys(layer, hidden, (cos, sin))
+        query, _ = self.adapter.queries_and_keys(
+            layer, hidden[row, last][:, None], (cos[row, last][:, None], sin[row, last][:, None])
+        )
+        scores = attention_scores(query, keys.to(query.device), mask=held, reduce="rows")[:, 0, -hidden.shape[1] :]
+        return pad_sequence([scores[e.item.sample, e.item.where] for e in live], batch_first=True)
+
     def _after_language_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        self._layer_before = None
         cache = kwargs.get("past_key_values") or getattr(output, "past_key_values", None)
         if self._last is not None and not self._last.kv_bytes and cache is not None:
             self._last.kv_bytes = kv_bytes(cache)

@@ -2,8 +2,9 @@
 
 from vlmprune.pruners.compose import Compose
 from vlmprune.pruners.divprune import DivPrune
+from vlmprune.pruners.fastv import FastV
 from vlmprune.pruners.pool import Pool
 from vlmprune.pruners.random import Random
 from vlmprune.pruners.uniform import Uniform
 
-__all__ = ["Compose", "DivPrune", "Pool", "Random", "Uniform"]
+__all__ = ["Compose", "DivPrune", "FastV", "Pool", "Random", "Uniform"]

@@ -1,0 +1,56 @@
+"""FastV against its official vectors, and its attention row against a full attention map."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cases import BATCHES, PRUNERS
+from families import FAMILIES
+from test_laws import model_of
+
+import vlmprune
+from vlmprune.kernels import attention_scores
+from vlmprune.pruners.fastv import top_indices
+
+GOLDEN = sorted((Path(__file__).parent / "golden").glob("fastv_select_*.npz"))
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_golden(path: Path) -> None:
+    data = np.load(path)
+    q, k = torch.from_numpy(data["q_last"])[None, :, None], torch.from_numpy(data["k"])[None]
+    start, count = int(data["image_start"]), int(data["n_image"])
+    row = attention_scores(q, k, reduce="rows")[0, 0]
+    torch.testing.assert_close(row[start : start + count], torch.from_numpy(data["score"]), atol=1e-6, rtol=1e-4)
+    (keep,) = vlmprune.FastV(keep=1 - float(data["r"])).budget([count], 2)
+    assert keep == int(data["n_keep"])
+    kept = top_indices(row[None, start : start + count], torch.tensor([keep]))[0].sort().values + start
+    text = [i for i in range(int(data["seq_len"])) if not start <= i < start + count]
+    assert sorted(text + kept.tolist()) == data["keep_idx"].tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_keeps_what_the_full_attention_map_says(family, use_cache: bool) -> None:
+    model, inputs = model_of(family, "eager"), family.inputs(BATCHES["unequal"])
+    for layer in (1, 2):
+        with torch.no_grad(), vlmprune.prune(model, "fastv", keep=5, layer=layer) as session:
+            model(**inputs, use_cache=use_cache)
+        with torch.no_grad():
+            maps = model(**inputs, output_attentions=True, use_cache=False).attentions[layer - 1]
+        for item in session.last.items:
+            row = maps[item.sample, :, -1, item.start : item.start + item.tokens_before].mean(0)
+            best = row.sort(descending=True, stable=True).indices[:5]  # zeros tie behind a sliding window
+            assert best.sort().values.tolist() == item.stages[0].kept.tolist()
+
+
+def test_bad_layer() -> None:
+    for layer in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match="layer must be an int"):
+            vlmprune.create_pruner("fastv", layer=layer)
+    with pytest.raises(ValueError, match="has 3 layers"):
+        vlmprune.prune(model_of(FAMILIES["llava-clip-llama"]), "fastv", layer=3)
+    assert PRUNERS["fastv"].make().layers(3) == (1,)

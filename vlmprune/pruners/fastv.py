@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vlmprune.contract import Keep, Positions, Pruner, Selection, VisualTokens, budget
+from vlmprune.registry import register_pruner
+
+
+@register_pruner
+@dataclass(kw_only=True)
+class FastV(Pruner):
+    """Keep the visual tokens that the last prompt token attends to most, from decoder layer `layer` on.
+
+    Chen et al., "An Image is Worth 1/2 Tokens After Layer 2", ECCV 2024, arXiv 2403.06764. Training-free, aware of the
+    question through the last token. Layers before `layer` (K in the paper) see every token; the ranking is the
+    attention row of the last token in layer K - 1, mean over heads, softmax over all keys. As in the official code, not
+    the mean over all rows as in the paper's text.
+
+    `keep` is what stays from layer K on, a ratio (1 - R in the paper) or a count, rounded half to even. Averaged over
+    the layers the model sees more: the report's `layer_tokens` has the counts. Published: K = 2, R = 0.5, original
+    positions.
+    """
+
+    keep: Keep = 0.5
+    positions: Positions = "original"
+    layer: int = 2
+
+    name: ClassVar[str] = "fastv"
+    paper: ClassVar[str] = "arXiv 2403.06764"
+    stage: ClassVar[str] = "decoder"
+    needs: ClassVar[frozenset[str]] = frozenset({"last_attention"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 1:
+            raise ValueError(
+                f"layer must be an int >= 1 (the number of layers that see every token), got {self.layer!r}"
+            )
+
+    def layers(self, depth: int) -> tuple[int, ...]:
+        return (self.layer,)
+
+    def budget(self, counts: Sequence[int], layer: int = 0) -> list[int]:
+        return [budget(count, self.keep) for count in counts]
+
+    def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
+        return Selection(top_indices(tokens.signal("last_attention").masked_fill(~tokens.valid, -1), budget))
+
+
+def top_indices(scores: Tensor, budget: Tensor) -> Tensor:
+    """int64 [I, K]: of scores [I, N], the `budget` [I] largest of each row, lowest index first in a tie, then -1."""
+    index = scores.sort(dim=1, descending=True, stable=True).indices[:, : int(budget.max())]
+    place = torch.arange(index.shape[1], device=index.device)
+    return index.masked_fill(place >= budget.to(index.device, non_blocking=True)[:, None], -1)
