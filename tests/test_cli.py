@@ -191,6 +191,13 @@ def test_demo_writes_report_and_picture(tmp_path):
     assert sheet.std() > 20
 
 
+def test_demo_of_a_method_inside_the_decoder_shows_what_is_left_at_the_end(tmp_path):
+    arguments = ("demo", "--pruner", "fastv", "--keep", "9", "--questions", "1", "--repeats", "1", "--out", tmp_path)
+    assert call(*arguments).exit_code == 0
+    for entry in json.loads((tmp_path / "report.json").read_text())["questions"]:
+        assert (entry["tokens_before"], entry["tokens_after"], len(entry["kept"])) == (144, 9, 9)
+
+
 def test_demo_questions_rotate_through_all_kinds():
     scenes = bundled.demo_scenes()
     picked = demo.pick_questions(scenes, 2)

@@ -1,10 +1,10 @@
 """Train the bundled image model: `python training/image_model.py --out FOLDER`.
 
 Stage A teaches the vision tower to read patches of crowded scenes. Stage B trains the whole model on questions about
-sparse scenes; after a quarter of its steps, crowded scenes for the tower come beside them. Every batch is a function of
-(seed, stage, step), so a killed run continues from its checkpoint as if it had not stopped. The run ends by writing a
-`save_pretrained` folder and `evaluation.json`, measured on scenes of a seed that nothing else uses. `--evaluate FOLDER`
-measures a finished model and what is left of it after dropping tokens.
+sparse scenes, after a while with crowded scenes for the tower beside them. Stage C is the same with more crowded scenes
+and falling rates. Every batch is a function of (seed, stage, step), so a killed run continues from its checkpoint as if
+it had not stopped. The run ends by writing a `save_pretrained` folder and `evaluation.json`, measured on scenes of a
+seed that nothing else uses. `--evaluate FOLDER` measures a finished model and what is left of it after dropping tokens.
 
 Visual tokens are never dropped in training. On a machine with other work, `OMP_WAIT_POLICY=PASSIVE` keeps threads from
 spinning and nearly halves the time of a step.
@@ -44,7 +44,6 @@ VISUAL = (SIZE // PATCH) ** 2
 PREFIX = 2
 TEXT = 120
 INK = 0.12
-CROWDS, CROWDS_FROM = 12, 0.25
 SEED, VALIDATION_SEED, REPORT_SEED = 11, 5, 90_210
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
 WORDS = [
@@ -95,7 +94,8 @@ TEMPLATE = (
 
 @dataclass(frozen=True)
 class Stage:
-    """`steps` of a schedule laid out for `horizon` steps, and learning rates outside and inside the tower."""
+    """`steps` of a schedule laid out for `horizon` steps, learning rates outside and inside the tower, and how many
+    crowded scenes come beside a batch of sparse ones after a share of the horizon."""
 
     steps: int
     horizon: int
@@ -103,11 +103,14 @@ class Stage:
     rate: float
     tower_rate: float
     warmup: int
+    crowds: int = 0
+    crowds_from: float = 0.0
 
 
 STAGES = {
-    "A": Stage(steps=1600, horizon=2400, batch=24, rate=2e-3, tower_rate=2e-3, warmup=100),
-    "B": Stage(steps=2800, horizon=2800, batch=32, rate=1.5e-3, tower_rate=6e-4, warmup=150),
+    "A": Stage(1600, horizon=2400, batch=24, rate=2e-3, tower_rate=2e-3, warmup=100),
+    "B": Stage(927, horizon=2800, batch=32, rate=1.5e-3, tower_rate=6e-4, warmup=150, crowds=12, crowds_from=0.25),
+    "C": Stage(1200, horizon=1200, batch=16, rate=8e-4, tower_rate=1.2e-3, warmup=50, crowds=24),
 }
 
 
@@ -394,7 +397,7 @@ class Trainer:
     def optimizer(self, stage: Stage, name: str) -> torch.optim.AdamW:
         tower_parameters = [*self.model.model.vision_tower.parameters(), *self.heads.parameters()]
         groups = [{"params": tower_parameters, "lr": stage.tower_rate, "base": stage.tower_rate}]
-        if name == "B":
+        if name != "A":
             rest = [p for n, p in self.model.named_parameters() if "vision_tower" not in n]
             groups.append({"params": rest, "lr": stage.rate, "base": stage.rate})
         return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
@@ -405,7 +408,7 @@ class Trainer:
         if state:
             self.model.load_state_dict(state["model"])
             self.heads.load_state_dict(state["heads"])
-        spent = dict(state["spent"]) if state else dict.fromkeys(self.stages, 0.0)
+        spent = dict.fromkeys(self.stages, 0.0) | (state["spent"] if state else {})
         for name, stage in self.stages.items():
             if state and state["stage"] > name:
                 continue
@@ -430,7 +433,7 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = group["base"] * warm * fall
             rng = np.random.default_rng([SEED, ord(name), step])
-            loss, parts = (self.loss_a if name == "A" else self.loss_b)(rng, stage.batch, step / stage.horizon)
+            loss, parts = (self.loss_a if name == "A" else self.loss_b)(rng, stage, step / stage.horizon)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_((p for group in optimizer.param_groups for p in group["params"]), 1.0)
@@ -445,7 +448,7 @@ class Trainer:
                 left = pace * (stage.steps - step - 1) / 60
                 print(f"{name} {step + 1}/{stage.steps} {pace:.2f} s/step, {left:.1f} min left: {shown}", flush=True)
                 scores.clear()
-            if name == "B" and (step + 1) % 300 == 0:
+            if name != "A" and (step + 1) % 300 == 0:
                 print("validation " + show(self.validate()), flush=True)
             if now - saved > 120 or step + 1 == stage.steps:
                 saved = now
@@ -461,18 +464,21 @@ class Trainer:
                 torch.save(state, partial)
                 os.replace(partial, self.checkpoint)
 
-    def loss_a(self, rng: np.random.Generator, size: int, progress: float) -> tuple[Tensor, dict[str, float]]:
+    def loss_a(self, rng: np.random.Generator, stage: Stage, progress: float) -> tuple[Tensor, dict[str, float]]:
         reach = min(4, int(progress / 0.6 * 5))
-        batch = collate([dense_scene(rng, "train", max_offset=int(rng.integers(reach + 1))) for _ in range(size)])
+        batch = collate(
+            [dense_scene(rng, "train", max_offset=int(rng.integers(reach + 1))) for _ in range(stage.batch)]
+        )
         return tower_loss(self.heads, batch, *tower(self.model, batch.pixels))
 
-    def loss_b(self, rng: np.random.Generator, size: int, progress: float) -> tuple[Tensor, dict[str, float]]:
+    def loss_b(self, rng: np.random.Generator, stage: Stage, progress: float) -> tuple[Tensor, dict[str, float]]:
+        size = stage.batch
         batch = collate([sparse_scene(rng, "train", per_kind=2) for _ in range(size)], self.tokenizer)
         patches, *cls = tower(self.model, batch.pixels)
         visual = self.model.model.multi_modal_projector(patches)
         crowd = torch.zeros(())
-        if progress >= CROWDS_FROM:
-            dense = collate([dense_scene(rng, "train") for _ in range(CROWDS)])
+        if stage.crowds and progress >= stage.crowds_from:
+            dense = collate([dense_scene(rng, "train") for _ in range(stage.crowds)])
             crowded, *crowd_cls = tower(self.model, dense.pixels)
             named = self.model.model.multi_modal_projector(crowded)
             crowd = tower_loss(self.heads, dense, crowded, *crowd_cls)[0]
@@ -537,12 +543,15 @@ def accuracy(
 
 
 def choose(visual: Tensor, keep: int, method: str, generator: torch.Generator) -> Tensor:
-    """Indices `[B, keep]`, ascending, of the visual tokens that stay: random, uniform in the raster, or max-min."""
+    """Indices `[B, keep]`, ascending, of the visual tokens that stay: random, on a slanted grid, or max-min."""
     size, tokens, _ = visual.shape
     if method == "random":
         return torch.rand(size, tokens, generator=generator).argsort(1)[:, :keep].sort(1).values
     if method == "uniform":
-        return ((torch.arange(keep) + 0.5) * tokens / keep).long().expand(size, -1)
+        side, period = math.isqrt(tokens), tokens / keep
+        row, column = torch.arange(tokens) // side, torch.arange(tokens) % side
+        phase = (column + round(0.382 * period) * row) % period
+        return phase.argsort(stable=True)[:keep].sort().values.expand(size, -1)
     unit = F.normalize(visual, dim=-1)
     distance = 1 - unit @ unit.transpose(1, 2)
     distance.diagonal(dim1=1, dim2=2).fill_(torch.inf)

@@ -36,6 +36,12 @@ class Row:
         assert self.pruned.report is not None
         return self.pruned.report
 
+    @property
+    def kept(self) -> list[int]:
+        """Visual tokens left behind the last stage."""
+        item = self.report.items[0]
+        return (item.stages[-1].kept if item.stages else item.kept).tolist()
+
     def right(self, answer: Answer) -> bool:
         return answer.text.strip().lower() == self.question.answer.lower()
 
@@ -89,7 +95,7 @@ def as_json(rows: Sequence[Row], chat: Chat, pruner: Pruner) -> dict[str, Any]:
                 "answer_pruned": row.pruned.text,
                 "tokens_before": row.report.tokens_before,
                 "tokens_after": row.report.tokens_after,
-                "kept": row.report.items[0].kept.tolist(),
+                "kept": row.kept,
                 "flops_full": row.report.flops_full,
                 "flops_pruned": row.report.flops_pruned,
                 "kv_bytes_full": row.report.kv_bytes_full,
@@ -132,7 +138,7 @@ def write(rows: Sequence[Row], chat: Chat, pruner: Pruner, folder: Path) -> tupl
 def draw(rows: Sequence[Row], chat: Chat, pruner: Pruner) -> Any:
     """A sheet with one card per scene and kept set: picture, kept tokens, questions with both answers."""
     panels = []
-    for (_, kept), group in groupby(rows, lambda row: (row.scene.name, row.report.items[0].kept.tolist())):
+    for (_, kept), group in groupby(rows, lambda row: (row.scene.name, row.kept)):
         same = list(group)
         report = same[0].report
         ((seen, bright),) = item_pictures(report.items[0], [same[0].scene.image], width=336)
