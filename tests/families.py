@@ -59,6 +59,9 @@ class FamilyCase:
     video_tokens: tuple[int, ...] = ()
     positions: ClassVar[tuple[str, ...]] = ("original", "compact")
 
+    def __str__(self) -> str:
+        return self.name
+
     def model(self, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         torch.manual_seed(0)
         model = self.build().eval().to(dtype)

@@ -32,7 +32,8 @@ def test_golden(path: Path) -> None:
     assert sorted(text + kept.tolist()) == data["keep_idx"].tolist()
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+# The mixture's deepstack reaches behind layer 1.
+@pytest.mark.parametrize("family", [case for name, case in FAMILIES.items() if name != "qwen3-vl-moe"], ids=str)
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_keeps_what_the_full_attention_map_says(family, use_cache: bool) -> None:
     model, inputs = model_of(family, "eager"), family.inputs(BATCHES["unequal"])

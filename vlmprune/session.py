@@ -214,7 +214,7 @@ class Session:
         hidden = args[0] if args else kwargs["hidden_states"]
         course.cache = kwargs.get("past_key_values")
         before = course.columns
-        if number in self._stages and self._live:
+        if number > 0 and number in self._stages and self._live:
             hidden = self._stage(number, course, hidden)
         held = course.pruned_layer(number)
         if course.columns is not before or (held is not None and held.group == number):
