@@ -80,6 +80,8 @@ class Session:
             raise ValueError(
                 f"{pruner.name} acts before layers {self._stages}, but the language model has {len(decoder)} layers"
             )
+        for layer in self._stages:
+            pruner.budget([1], layer, len(decoder))  # a budget that the stages cannot reach is an error now
         self._handles = [
             adapter.core.register_forward_pre_hook(self._before_core, with_kwargs=True),
             adapter.language_model.register_forward_pre_hook(self._before_language_model, with_kwargs=True),
@@ -226,7 +228,8 @@ class Session:
         """Let the pruner choose before `layer`: the rows [B, P, D] that are left, the course and the report updated."""
         live = self._live
         before = [len(each.geometry) for each in live]
-        budgets = self.pruner.budget(before, layer)
+        depth = len(self.adapter.decoder_layers)
+        budgets = self.pruner.budget(before, layer, depth)
         counts = [each.item.length for each in live]
         kept: list[Kept | None] = [None] * len(live)
         chosen = []
@@ -252,6 +255,7 @@ class Session:
                 index=tuple(e.index for e in picked),
                 shapes=tuple(e.geometry for e in picked),
                 layer=layer,
+                depth=depth,
                 signal=functools.partial(self._signal, picked, course),
             )
             self._check_finite(tokens.features)
