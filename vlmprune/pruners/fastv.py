@@ -22,9 +22,9 @@ class FastV(Pruner):
     attention row of the last token in layer K - 1, mean over heads, softmax over all keys. As in the official code, not
     the mean over all rows as in the paper's text.
 
-    `keep` is the average over all decoder layers, as for every method; layers 0..K-1 count in full, and what is left for
-    the others is rounded half to even. Published for 32 layers: K = 2 and R = 0.5, which is keep 0.53125, with original
-    positions.
+    `keep` is the average over all decoder layers, as for every method; layers 0..K-1 count in full, and what is left
+    for the others is rounded half to even. Published for 32 layers: K = 2 and R = 0.5, which is keep 0.53125, with
+    original positions.
     """
 
     keep: Keep = 0.53125
@@ -51,7 +51,7 @@ class FastV(Pruner):
 
     def _after(self, count: int, depth: int) -> int:
         whole = isinstance(self.keep, numbers.Integral)
-        if whole and self.keep >= count or depth <= self.layer:
+        if (whole and self.keep >= count) or depth <= self.layer:
             return count
         average = self.keep if whole else self.keep * count
         left = (average * depth - count * self.layer) / (depth - self.layer)
