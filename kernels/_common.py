@@ -1,11 +1,11 @@
-"""What every operation shares: argument checks, per-row counts, the choice of a backend, unit rows."""
+"""What every operation shares: argument checks, per-row counts, the choice of a backend, norms."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,17 +95,27 @@ def unpack_index(key: int) -> int:
     return 0xFFFFFFFF - (key & 0xFFFFFFFF)
 
 
-def unit_rows(name: str, x: Tensor, mask: Tensor | None, eps: float) -> Tensor:
-    """Rows of `x` `[B, N, D]` at unit length in fp32; zero where masked out.
+class Directions(NamedTuple):
+    """Rows `[B, N, D]` in fp32, and the inverse of their norms `[B, N]`: a product is scaled after it is taken, which
+    costs N x N instead of a copy of N x D."""
 
-    A norm below `eps` is raised to it, so a zero row stays zero and is similar to nothing. A valid row with NaN or inf
-    raises on the CPU; on a GPU, where the check would cost a synchronisation, such a row becomes zero.
+    rows: Tensor
+    inverse: Tensor
+
+
+def directions(name: str, x: Tensor, mask: Tensor | None, eps: float) -> Directions:
+    """Prepare `x` `[B, N, D]` for cosines; masked rows become zero.
+
+    A norm below `eps` is raised to it, so a zero row stays similar to nothing. A valid row with NaN or inf raises on
+    the CPU; on a GPU, where the check would cost a synchronisation, such a row becomes zero.
     """
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    finite = torch.isfinite(norm)
-    if x.device.type == "cpu" and not (finite if mask is None else finite | ~mask[..., None]).all():
-        raise ValueError(f"{name} holds NaN or inf in a valid row")
-    unit = x.float() / norm.clamp_min(eps)
-    if mask is None and x.device.type == "cpu":
-        return unit
-    return unit.masked_fill_(~finite if mask is None else ~(finite & mask[..., None]), 0.0)
+    norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
+    good = torch.isfinite(norm)
+    if x.device.type == "cpu":
+        if not (good if mask is None else good | ~mask).all():
+            raise ValueError(f"{name} holds NaN or inf in a valid row")
+        if mask is None or mask.all():
+            return Directions(x.float(), norm.clamp_min_(eps).reciprocal_())
+    good = good if mask is None else good & mask
+    rows = x.float().masked_fill(~good[..., None], 0.0)
+    return Directions(rows, norm.masked_fill_(~good, 1.0).clamp_min_(eps).reciprocal_())

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._common import check_mask, check_tokens, resolve_backend, unit_rows
+from ._common import Directions, check_mask, check_tokens, directions, resolve_backend
 
-_BLOCK = 512
+_BLOCK = 384
 
 
 def pairwise_cosine(
@@ -30,7 +30,7 @@ def pairwise_cosine(
         eps: norms below it are raised to it, so a zero row has similarity 0 to everything, itself included.
 
     Returns:
-        fp32 `[B, N, M]`; 0 wherever either row is masked out. With `y=None` it is exactly symmetric.
+        fp32 `[B, N, M]`; 0 wherever either row is masked out.
 
     Raises:
         ValueError: on wrong shapes or dtypes, and on NaN or inf in a valid row of a CPU tensor. On a GPU the check
@@ -64,8 +64,8 @@ def _pairwise_cosine(
         from . import triton_cosine
 
         return triton_cosine.pairwise_cosine(x, y, mask, y_mask, eps)
-    unit = unit_rows("x", x, mask, eps)
-    return gram(unit) if y is None else torch.bmm(unit, unit_rows("y", y, y_mask, eps).mT)
+    left = directions("x", x, mask, eps)
+    return gram(left) if y is None else cosine_reference(left, directions("y", y, y_mask, eps))
 
 
 @_pairwise_cosine.register_fake
@@ -73,19 +73,24 @@ def _(x: Tensor, y: Tensor | None, mask: Tensor | None, y_mask: Tensor | None, e
     return x.new_empty(x.shape[0], x.shape[1], (x if y is None else y).shape[1], dtype=torch.float32)
 
 
-def gram(unit: Tensor) -> Tensor:
-    """`unit @ unit.mT` for fp32 `[B, N, D]`, exactly symmetric.
+def cosine_reference(x: Directions, y: Directions) -> Tensor:
+    """One product, scaled: any device."""
+    return torch.bmm(x.rows, y.rows.mT).mul_(x.inverse[..., None]).mul_(y.inverse[:, None])
+
+
+def gram(x: Directions) -> Tensor:
+    """The cosines of `x` with itself.
 
     On the CPU a large product is made of block rows right of the diagonal, mirrored: half the arithmetic, and the
     mirror is a copy. On a GPU, and for small N, one call is faster.
     """
-    batch, n, _ = unit.shape
-    if unit.device.type != "cpu" or n <= _BLOCK:
-        return torch.bmm(unit, unit.mT)
-    out = unit.new_empty(batch, n, n)
-    for rows, g in zip(unit, out, strict=True):
+    batch, n, _ = x.rows.shape
+    if x.rows.device.type != "cpu" or n <= _BLOCK:
+        return cosine_reference(x, x)
+    out = x.rows.new_empty(batch, n, n)
+    for rows, inverse, g in zip(x.rows, x.inverse, out, strict=True):
         for i in range(0, n, _BLOCK):
             j = min(i + _BLOCK, n)
-            g[i:j, i:].addmm_(rows[i:j], rows[i:].T, beta=0)
+            g[i:j, i:].addmm_(rows[i:j], rows[i:].T, beta=0).mul_(inverse[i:j, None]).mul_(inverse[i:])
             g[j:, i:j] = g[i:j, j:].T
     return out

@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ._common import Count, check_tokens, resolve_backend, row_counts, unit_rows
-from .cosine import gram
+from ._common import Count, Directions, check_tokens, directions, resolve_backend, row_counts
+from .cosine import cosine_reference, gram
 
 First = Literal["isolated", "eccentric"] | int | Tensor
 Objective = Literal["max_min", "max_sum"]
@@ -100,20 +100,19 @@ def _max_min_select(
         return picks
     if first is not None:
         first = _check_first(first, counts, mask, n)
+    stored = 4 * batch * n * n <= _GRAM_BYTES
     if backend == "triton":
         from . import triton_max_min
 
-        stored = 4 * batch * n * n <= _GRAM_BYTES
         if first is None and (eccentric or not stored):
-            unit = unit_rows("x", x, mask, eps)
-            first = most_eccentric(unit, mask) if eccentric else most_isolated(unit, mask)
+            tokens = directions("x", x, mask, eps)
+            first = most_eccentric(tokens, mask) if eccentric else most_isolated(tokens, mask)
         return triton_max_min.max_min_select(x, counts, picks, mask, first, total, eps, stored)
-    unit = unit_rows("x", x, mask, eps)
+    tokens = directions("x", x, mask, eps)
     counts = counts if mask is None else torch.minimum(counts, mask.sum(1))
     if first is None and eccentric:
-        first = most_eccentric(unit, mask)
-    select = _select_cpu if x.device.type == "cpu" else max_min_reference
-    return select(unit, counts, picks, mask, first, total)
+        first = most_eccentric(tokens, mask)
+    return max_min_reference(tokens, counts, picks, mask, first, total, stored)
 
 
 @_max_min_select.register_fake
@@ -140,70 +139,72 @@ def _check_first(first: Tensor, counts: Tensor, mask: Tensor | None, n: int) -> 
     return inside
 
 
-def most_eccentric(unit: Tensor, mask: Tensor | None) -> Tensor:
+def most_eccentric(x: Directions, mask: Tensor | None) -> Tensor:
     """Per item, the valid row least similar to the mean of the unit rows: int64 `[B]`."""
-    similarity = torch.bmm(unit, unit.sum(1, keepdim=True).mT)[..., 0]
-    return (similarity if mask is None else similarity.masked_fill(~mask, torch.inf)).argmin(1)
+    mean = torch.bmm(x.inverse[:, None], x.rows)
+    similarity = torch.bmm(x.rows, mean.mT)[..., 0].mul_(x.inverse)
+    return (similarity if mask is None else similarity.masked_fill_(~mask, torch.inf)).argmin(1)
 
 
-def most_isolated(unit: Tensor, mask: Tensor | None, rows: int = 1024) -> Tensor:
-    """Per item, the valid row whose nearest valid neighbour is farthest: int64 `[B]`, `rows` rows at a time."""
-    n = unit.shape[1]
-    blocks = (nearest(torch.bmm(unit[:, i : i + rows], unit.mT), i, mask) for i in range(0, n, rows))
-    return torch.cat(list(blocks), 1).argmin(1)
+def most_isolated(x: Directions, mask: Tensor | None, block: int = 1024) -> Tensor:
+    """Per item, the valid row whose nearest valid neighbour is farthest: int64 `[B]`, `block` rows at a time."""
+    parts = []
+    for i in range(0, x.rows.shape[1], block):
+        some = Directions(x.rows[:, i : i + block], x.inverse[:, i : i + block])
+        parts.append(nearest_(cosine_reference(some, x), i, mask))
+    return torch.cat(parts, 1).argmin(1)
 
 
-def nearest(similarity: Tensor, start: int, mask: Tensor | None) -> Tensor:
-    """Similarity of rows `start..start + R` to their nearest valid neighbour, from `[B, R, N]`; +inf if invalid."""
+def nearest_(similarity: Tensor, start: int, mask: Tensor | None) -> Tensor:
+    """Similarity of rows `start..start + R` to their nearest valid neighbour, +inf for an invalid row.
+
+    Overwrites the entries of `similarity` `[B, R, N]` that are no neighbours with -inf. Given all the rows it looks
+    both ways, so that mutual nearest neighbours tie even where a product is symmetric only up to rounding.
+    """
     rows, n = similarity.shape[1:]
-    columns = torch.arange(n, device=similarity.device)
-    hidden = columns == torch.arange(start, start + rows, device=similarity.device)[:, None]
-    if mask is None:
-        return similarity.masked_fill(hidden, -torch.inf).amax(2)
-    best = similarity.masked_fill(hidden | ~mask[:, None, :], -torch.inf).amax(2)
-    return best.masked_fill(~mask[:, start : start + rows], torch.inf)
+    similarity.diagonal(start, 1, 2).fill_(-torch.inf)
+    if mask is not None:
+        valid = mask[:, start : start + rows]
+        similarity.masked_fill_(~(valid[..., None] & mask[:, None]), -torch.inf)
+    nearest = similarity.amax(2)
+    if rows == n:
+        nearest = torch.maximum(nearest, similarity.amax(1))
+    return nearest if mask is None else nearest.masked_fill_(~valid, torch.inf)
 
 
 def max_min_reference(
-    unit: Tensor, counts: Tensor, picks: Tensor, mask: Tensor | None, first: Tensor | None, total: bool
+    x: Directions, counts: Tensor, picks: Tensor, mask: Tensor | None, first: Tensor | None, total: bool, stored: bool
 ) -> Tensor:
-    """The selection on unit rows `[B, N, D]`, any device, without a host synchronisation; fills and returns `picks`.
+    """The selection, any device, without a host synchronisation; fills and returns `picks`.
 
-    `closeness` is the similarity to the nearest picked row (or the sum over picked rows); +inf bars a row.
+    `closeness` is the similarity to the nearest picked row (or the sum over picked rows); +inf bars a row, as does the
+    +inf that a picked row has to itself. On the CPU this is also the fast path: its cost is that of `gram`.
     """
-    items = torch.arange(unit.shape[0], device=unit.device)
-    similarity = torch.bmm(unit, unit.mT)
-    current = nearest(similarity, 0, mask).argmin(1) if first is None else first
-    closeness = unit.new_full(unit.shape[:2], 0.0 if total else -torch.inf)
+    items = torch.arange(len(picks), device=picks.device)
+    if stored:
+        similarity = gram(x)
+        if first is None:
+            first = nearest_(similarity, 0, mask).argmin(1)
+        similarity.diagonal(0, 1, 2).fill_(torch.inf)
+    elif first is None:
+        first = most_isolated(x, mask)
+    current = first
+    closeness = x.inverse.new_full(x.inverse.shape, 0.0 if total else -torch.inf)
     if mask is not None:
         closeness.masked_fill_(~mask, torch.inf)
     for t in range(picks.shape[1]):
-        picks[:, t] = torch.where(t < counts, current, -1)
-        row = similarity[items, current]
-        closeness = closeness + row if total else torch.maximum(closeness, row)
-        closeness[items, current] = torch.inf
+        picks[:, t] = current
+        if stored:
+            row = similarity[items, current]
+        else:
+            pivot = Directions(x.rows[items, current, None], x.inverse[items, current, None])
+            row = cosine_reference(pivot, x)[:, 0].scatter_(1, current[:, None], torch.inf)
+        if not total:
+            torch.maximum(closeness, row, out=closeness)
+        elif mask is None:
+            closeness += row
+        else:
+            closeness += row.masked_fill_(~mask, 0.0)
         current = closeness.argmin(1)
-    return picks
-
-
-def _select_cpu(
-    unit: Tensor, counts: Tensor, picks: Tensor, mask: Tensor | None, first: Tensor | None, total: bool
-) -> Tensor:
-    """The same, item by item and in place."""
-    for item, out in enumerate(picks):
-        similarity = gram(unit[item : item + 1])
-        valid = None if mask is None else mask[item : item + 1]
-        current = int(nearest(similarity, 0, valid).argmin() if first is None else first[item])
-        rows = similarity[0]
-        closeness = unit.new_full(unit.shape[1:2], 0.0 if total else -torch.inf)
-        if valid is not None:
-            closeness.masked_fill_(~valid[0], torch.inf)
-        combine = torch.add if total else torch.maximum
-        chosen = []
-        for _ in range(int(counts[item])):
-            chosen.append(current)
-            combine(closeness, rows[current], out=closeness)
-            closeness[current] = torch.inf
-            current = int(closeness.argmin())
-        out[: len(chosen)] = torch.tensor(chosen, dtype=torch.int64)
-    return picks
+    step = torch.arange(picks.shape[1], device=picks.device)
+    return picks.masked_fill_(step >= counts[:, None], -1)

@@ -24,7 +24,7 @@ class Staged(vlmprune.Pruner):
     def layers(self, depth: int) -> tuple[int, ...]:
         return tuple(layer for layer, _ in self.schedule)
 
-    def budget(self, counts: Sequence[int], layer: int = 0) -> list[int]:
+    def budget(self, counts: Sequence[int], layer: int = 0, depth: int = 1) -> list[int]:
         return counts if self.keep == 1.0 else [round(dict(self.schedule)[layer] * count) for count in counts]
 
     def select(self, tokens: vlmprune.VisualTokens, budget: torch.Tensor) -> vlmprune.Selection:
@@ -58,7 +58,7 @@ PRUNERS = {
     case.name: case
     for case in (
         PrunerCase("divprune"),
-        PrunerCase("fastv", ({"keep": 0.3, "layer": 1}, {"keep": 4})),
+        PrunerCase("fastv", ({"keep": 0.5, "layer": 1}, {"keep": 20})),
         PrunerCase("pool"),
         PrunerCase("random", ({"keep": 0.3, "seed": 3}, {"keep": 4})),
         PrunerCase("uniform"),

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from cases import BATCHES
+from cases import BATCHES, PRUNERS
 from families import FAMILIES, clip, decoder, llava
 from test_laws import generate, model_of
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -17,6 +17,7 @@ import vlmprune
 from vlmprune.contract import budget
 
 LLAVA = FAMILIES["llava-clip-llama"]
+BOUNDARY = [name for name in vlmprune.list_pruners() if vlmprune.create_pruner(name).layers(32) == (0,)]
 
 
 @pytest.mark.parametrize("keep", [0, -1, 1.5, float("nan"), float("inf"), "x", True, False, None, 0.0, -0.1, [0.5]])
@@ -42,7 +43,7 @@ def test_good_keep() -> None:
 def test_unknown_names() -> None:
     with pytest.raises(ValueError, match="'divprune'"):
         vlmprune.create_pruner("divprun")
-    with pytest.raises(ValueError, match="divprune, pool"):
+    with pytest.raises(ValueError, match="divprune, fastv, pool"):
         vlmprune.create_pruner("qqqqqqq")
     with pytest.raises(ValueError, match=r"no field 'kep'.*keep"):
         vlmprune.create_pruner("divprune", kep=0.1)
@@ -67,7 +68,7 @@ def test_missing_signal_is_named_before_any_forward() -> None:
         vlmprune.prune(model_of(LLAVA), Needy(keep=0.5))
 
 
-@pytest.mark.parametrize("name", vlmprune.list_pruners())
+@pytest.mark.parametrize("name", BOUNDARY)
 def test_one_visual_token(name: str) -> None:
     model = llava(clip(image_size=8), decoder(LlamaConfig)).eval()
     inputs = {"input_ids": torch.tensor([[1, 99, 2]]), "pixel_values": torch.randn(1, 3, 8, 8)}
@@ -81,7 +82,7 @@ def test_one_visual_token(name: str) -> None:
     assert session.last.columns.tolist() == [[0, 2]]
 
 
-@pytest.mark.parametrize("name", vlmprune.list_pruners())
+@pytest.mark.parametrize("name", BOUNDARY)
 def test_budgets_at_the_edge(name: str) -> None:
     model, inputs = model_of(LLAVA), LLAVA.inputs(BATCHES["unequal"])
     for keep, expected in ((1, 1), (24, 24), (25, 25), (10_000, 25), (1.0, 25), (0.999, 25)):
@@ -91,7 +92,7 @@ def test_budgets_at_the_edge(name: str) -> None:
         assert session.last.changed == (expected < 25)
 
 
-@pytest.mark.parametrize("name", vlmprune.list_pruners())
+@pytest.mark.parametrize("name", BOUNDARY)
 @pytest.mark.parametrize("rows", ["equal", "zero"])
 def test_equal_and_zero_rows(name: str, rows: str) -> None:
     model, inputs = LLAVA.model(), LLAVA.inputs(BATCHES["three"])
@@ -107,8 +108,8 @@ def test_equal_and_zero_rows(name: str, rows: str) -> None:
 def test_nan_is_an_error_that_says_where_to_look() -> None:
     model, inputs = model_of(LLAVA), LLAVA.inputs(BATCHES["one"])
     inputs["pixel_values"][0, 0, 0, 0] = float("nan")
-    for name in vlmprune.list_pruners():
-        with vlmprune.prune(model, name, keep=0.3), pytest.raises(ValueError, match="NaN or infinity"):
+    for name in PRUNERS:
+        with vlmprune.prune(model, PRUNERS[name].make()), pytest.raises(ValueError, match="NaN or infinity"):
             generate(model, inputs)
 
 

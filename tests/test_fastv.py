@@ -25,7 +25,8 @@ def test_golden(path: Path) -> None:
     start, count = int(data["image_start"]), int(data["n_image"])
     row = attention_scores(q, k, reduce="rows")[0, 0]
     torch.testing.assert_close(row[start : start + count], torch.from_numpy(data["score"]), atol=1e-6, rtol=1e-4)
-    (keep,) = vlmprune.FastV(keep=1 - float(data["r"])).budget([count], 2)
+    average = (2 + 30 * (1 - float(data["r"]))) / 32
+    (keep,) = vlmprune.FastV(keep=average).budget([count], 2, 32)
     assert keep == int(data["n_keep"])
     kept = top_indices(row[None, start : start + count], torch.tensor([keep]))[0].sort().values + start
     text = [i for i in range(int(data["seq_len"])) if not start <= i < start + count]
@@ -38,14 +39,16 @@ def test_golden(path: Path) -> None:
 def test_keeps_what_the_full_attention_map_says(family, use_cache: bool) -> None:
     model, inputs = model_of(family, "eager"), family.inputs(BATCHES["unequal"])
     for layer in (1, 2):
-        with torch.no_grad(), vlmprune.prune(model, "fastv", keep=5, layer=layer) as session:
+        with torch.no_grad(), vlmprune.prune(model, "fastv", keep=0.8, layer=layer) as session:
             model(**inputs, use_cache=use_cache)
         with torch.no_grad():
             maps = model(**inputs, output_attentions=True, use_cache=False).attentions[layer - 1]
         for item in session.last.items:
             row = maps[item.sample, :, -1, item.start : item.start + item.tokens_before].mean(0)
-            best = row.sort(descending=True, stable=True).indices[:5]  # zeros tie behind a sliding window
-            assert best.sort().values.tolist() == item.stages[0].kept.tolist()
+            kept = item.stages[0].kept.tolist()
+            assert 0 < len(kept) < item.tokens_before
+            best = row.sort(descending=True, stable=True).indices[: len(kept)]  # zeros tie behind a sliding window
+            assert best.sort().values.tolist() == kept
 
 
 def test_bad_layer() -> None:
@@ -55,3 +58,16 @@ def test_bad_layer() -> None:
     with pytest.raises(ValueError, match="has 3 layers"):
         vlmprune.prune(model_of(FAMILIES["llava-clip-llama"]), "fastv", layer=3)
     assert PRUNERS["fastv"].make().layers(3) == (1,)
+
+
+def test_keep_is_the_average_over_layers() -> None:
+    assert vlmprune.FastV().budget([576], 2, 32) == [288]
+    assert vlmprune.FastV(keep=192).budget([576], 2, 32) == [round((192 * 32 - 2 * 576) / 30)]
+    model, inputs = model_of(FAMILIES["llava-clip-llama"]), FAMILIES["llava-clip-llama"].inputs(BATCHES["one"])
+    with torch.no_grad(), vlmprune.prune(model, "fastv", keep=0.6, layer=1) as session:
+        model(**inputs)
+    kept = session.last.layer_visual_tokens
+    assert kept == [tokens - 5 for tokens in session.last.layer_tokens] == [25, 10, 10]
+    assert session.last.average_keep == 45 / 75
+    with pytest.raises(ValueError, match=r"first 2 of 3 layers.*larger keep or a smaller layer"):
+        vlmprune.prune(model, "fastv", keep=0.5)

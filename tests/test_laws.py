@@ -235,7 +235,7 @@ def test_truth(family: FamilyCase, pruner: str, batch: str) -> None:
             assert len(item.geometry) == item.tokens_before
             assert [stage.layer for stage in item.stages] == list(method.layers(3))
             for stage in item.stages:
-                wanted = method.budget([item.tokens_before], stage.layer)[0]
+                wanted = method.budget([item.tokens_before], stage.layer, 3)[0]
                 assert len(stage.kept) == wanted < item.tokens_before
                 assert stage.kept.dtype == torch.int64
                 assert (stage.kept[1:] > stage.kept[:-1]).all()

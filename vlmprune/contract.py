@@ -160,6 +160,7 @@ class VisualTokens:
         index: per item, int64 [N] on the features' device: which of its original tokens these are, ascending.
         shapes: one `Geometry` per item, of all its original tokens.
         layer: decoder layer before which the choice is made; 0 is the boundary.
+        depth: decoder layers of the model.
         signal: gives a further signal by name; those that the pruner `needs`, computed when asked for:
             "last_attention", fp32 [I, N]: attention that the last token of the row paid to each in the decoder layer
             before, mean over heads (not at the boundary).
@@ -170,6 +171,7 @@ class VisualTokens:
     index: tuple[Tensor, ...]
     shapes: tuple[Geometry, ...]
     layer: int = 0
+    depth: int = 1
     signal: Callable[[str], Tensor] = field(default=_no_signal, repr=False)
 
     @cached_property
@@ -229,8 +231,8 @@ class Pruner(ABC):
         """Decoder layers, of `depth`, before which it chooses, ascending; 0 is the boundary."""
         return (0,)
 
-    def budget(self, counts: Sequence[int], layer: int = 0) -> list[int]:
-        """Tokens that items which came with `counts` tokens have left behind the stage before `layer`."""
+    def budget(self, counts: Sequence[int], layer: int = 0, depth: int = 1) -> list[int]:
+        """Tokens that items which came with `counts` tokens have left behind the stage before `layer`, of `depth`."""
         return [budget(count, self.keep) for count in counts]
 
     @abstractmethod

@@ -127,7 +127,7 @@ class Course:
         return positions, self._masks(layer, embeds, None if plain else held, held, keys, queries)
 
     def key_mask(self, layer: int) -> Tensor:
-        """bool [B, H + P]: of the keys that `layer`, not yet run, will hold, those that a row's last token sees."""
+        """bool [B, H + P]: of the keys that `layer` will hold once it has run, those that a row's last token sees."""
         past, index, _, held = self._keys(layer)
         types = getattr(self.config, "layer_types", None)
         if self._windowed and (types is None or types[layer] == "sliding_attention"):

@@ -117,6 +117,22 @@ class PruneReport:
         return sum(item.tokens_after for item in self.items)
 
     @property
+    def layer_visual_tokens(self) -> list[int]:
+        """Visual tokens of all items that each decoder layer saw."""
+
+        def seen_by(item: ItemReport, layer: int) -> int:
+            before = [len(stage.kept) for stage in item.stages if stage.layer <= layer]
+            return before[-1] if before else item.tokens_before
+
+        return [sum(seen_by(item, layer) for item in self.items) for layer in range(len(self.layer_tokens))]
+
+    @property
+    def average_keep(self) -> float:
+        """Share of the visual tokens kept, averaged over the decoder layers: what every method's `keep` asks for."""
+        kept = self.layer_visual_tokens
+        return sum(kept) / (len(kept) * self.tokens_before) if self.tokens_before else 1.0
+
+    @property
     def flops(self) -> tuple[Flops, Flops]:
         """FLOPs of this prefill by module, without pruning and as it ran (`vlmprune.flops` says what is counted)."""
 

@@ -85,6 +85,8 @@ class Session:
                 f"{pruner.name} acts before layers {self._stages}, but {adapter.family} adds visual features to its "
                 f"first layers: use layers from {adapter.earliest_stage} on, or the boundary."
             )
+        for layer in self._stages:
+            pruner.budget([1], layer, len(decoder))  # a budget that the stages cannot reach is an error now
         self._handles = [
             adapter.watch(),
             adapter.core.register_forward_pre_hook(self._before_core, with_kwargs=True),
@@ -235,7 +237,8 @@ class Session:
         """Let the pruner choose before `layer`: the rows [B, P, D] that are left, the course and the report updated."""
         live = self._live
         before = [len(each.geometry) for each in live]
-        budgets = self.pruner.budget(before, layer)
+        depth = len(self.adapter.decoder_layers)
+        budgets = self.pruner.budget(before, layer, depth)
         counts = [each.item.length for each in live]
         kept: list[Kept | None] = [None] * len(live)
         chosen = []
@@ -261,6 +264,7 @@ class Session:
                 index=tuple(e.index for e in picked),
                 shapes=tuple(e.geometry for e in picked),
                 layer=layer,
+                depth=depth,
                 signal=functools.partial(self._signal, picked, course),
             )
             self._check_finite(tokens.features)

@@ -31,7 +31,6 @@ def test_equals_fp64(backend, strided, dtype, shape, masked):
     sim = pairwise_cosine(x, mask=mask if masked else None, backend=backend)
     assert sim.dtype == torch.float32
     torch.testing.assert_close(sim.double(), oracle(x, x, mask, mask), atol=2e-6, rtol=0)
-    assert torch.equal(sim, sim.mT)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -49,7 +48,6 @@ def test_mirrored_blocks_equal_one_product(device):
     unit = torch.nn.functional.normalize(x, dim=-1)
     sim = pairwise_cosine(x)
     torch.testing.assert_close(sim, unit @ unit.mT, atol=2e-6, rtol=0)
-    assert torch.equal(sim, sim.mT)
 
 
 @pytest.mark.parametrize("shape", [(2, 0, 4), (0, 3, 4)])

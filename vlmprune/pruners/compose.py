@@ -40,14 +40,16 @@ class Compose(Pruner):
         stages = tuple(layer for pruner in self.pruners for layer in pruner.layers(depth))
         if list(stages) != sorted(set(stages)):
             raise ValueError(f"composed pruners must act one behind the other, but their stages are {list(stages)}")
-        self._owners = {layer: n for n, pruner in enumerate(self.pruners) for layer in pruner.layers(depth)}
-        self._last = [pruner.layers(depth)[-1] for pruner in self.pruners]
         return stages
 
-    def budget(self, counts: Sequence[int], layer: int = 0) -> list[int]:
-        for pruner, last in zip(self.pruners[: self._owners[layer]], self._last):
-            counts = pruner.budget(counts, last)
-        return self.pruners[self._owners[layer]].budget(counts, layer)
+    def budget(self, counts: Sequence[int], layer: int = 0, depth: int = 1) -> list[int]:
+        owner = self._owner(layer, depth)
+        for pruner in self.pruners[: self.pruners.index(owner)]:
+            counts = pruner.budget(counts, pruner.layers(depth)[-1], depth)
+        return owner.budget(counts, layer, depth)
 
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
-        return self.pruners[self._owners[tokens.layer]].select(tokens, budget)
+        return self._owner(tokens.layer, tokens.depth).select(tokens, budget)
+
+    def _owner(self, layer: int, depth: int) -> Pruner:
+        return next(pruner for pruner in self.pruners if layer in pruner.layers(depth))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -7,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlmprune.contract import Keep, Positions, Pruner, Selection, VisualTokens, budget
+from vlmprune.contract import Keep, Positions, Pruner, Selection, VisualTokens
 from vlmprune.registry import register_pruner
 
 
@@ -21,12 +22,12 @@ class FastV(Pruner):
     attention row of the last token in layer K - 1, mean over heads, softmax over all keys. As in the official code, not
     the mean over all rows as in the paper's text.
 
-    `keep` is what stays from layer K on, a ratio (1 - R in the paper) or a count, rounded half to even. Averaged over
-    the layers the model sees more: the report's `layer_tokens` has the counts. Published: K = 2, R = 0.5, original
-    positions.
+    `keep` is the average over all decoder layers, as for every method; layers 0..K-1 count in full, and what is left
+    for the others is rounded half to even. Published for 32 layers: K = 2 and R = 0.5, which is keep 0.53125, with
+    original positions.
     """
 
-    keep: Keep = 0.5
+    keep: Keep = 0.53125
     positions: Positions = "original"
     layer: int = 2
 
@@ -45,8 +46,21 @@ class FastV(Pruner):
     def layers(self, depth: int) -> tuple[int, ...]:
         return (self.layer,)
 
-    def budget(self, counts: Sequence[int], layer: int = 0) -> list[int]:
-        return [budget(count, self.keep) for count in counts]
+    def budget(self, counts: Sequence[int], layer: int = 0, depth: int = 32) -> list[int]:
+        return [self._after(count, depth) for count in counts]
+
+    def _after(self, count: int, depth: int) -> int:
+        whole = isinstance(self.keep, numbers.Integral)
+        if (whole and self.keep >= count) or depth <= self.layer:
+            return count
+        average = self.keep if whole else self.keep * count
+        left = (average * depth - count * self.layer) / (depth - self.layer)
+        if left < 0:
+            raise ValueError(
+                f"fastv cannot keep {self.keep} on average: its first {self.layer} of {depth} layers see every token, "
+                f"which alone averages {self.layer / depth:.3g}; use a larger keep or a smaller layer"
+            )
+        return round(left)
 
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
         return Selection(top_indices(tokens.signal("last_attention").masked_fill(~tokens.valid, -1), budget))
