@@ -30,7 +30,7 @@ class LlavaNextAdapter(LlavaAdapter):
     def geometries(self, modality: str, call: dict[str, Any]) -> list[Geometry]:
         if call.get("pixel_values") is None:
             return []
-        sizes = [tuple(int(n) for n in size) for size in call["image_sizes"]]
+        sizes = [(int(height), int(width)) for height, width in call["image_sizes"]]
         return [self.packed(size, tiled, call) for size, tiled in zip(sizes, self.tiled(call, len(sizes)))]
 
     def tiled(self, call: dict[str, Any], count: int) -> list[bool]:

@@ -44,7 +44,7 @@ class Course:
         self.mask = mask
         self.positions: Tensor | None = kwargs.get("position_ids")
         use_cache = kwargs.get("use_cache")
-        self.use_cache = self.config.use_cache if use_cache is None else use_cache
+        self.use_cache = self.config.use_cache if use_cache is None else use_cache  # type: ignore[union-attr]
         self.cache: Any = kwargs.get("past_key_values")
         self.columns: Tensor | None = None
         self.shown = shown

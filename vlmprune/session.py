@@ -87,7 +87,7 @@ class Session:
             )
         for layer in self._stages:
             pruner.budget([1], layer, len(decoder))  # a budget that the stages cannot reach is an error now
-        self._handles = [
+        self._handles: list[Any] = [
             adapter.watch(),
             adapter.core.register_forward_pre_hook(self._before_core, with_kwargs=True),
             adapter.language_model.register_forward_pre_hook(self._before_language_model, with_kwargs=True),
