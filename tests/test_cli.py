@@ -372,3 +372,14 @@ def test_every_method_can_be_asked(chat):
         if not cls.needs:
             report = ask.answer(chat, inputs, vlmprune.create_pruner(name, keep=36), 2).report
             assert report.tokens_after == 36, name
+
+
+def test_a_methods_own_settings(picture, shared):
+    def ask_fastv(*more: str):
+        return call("ask", "--image", picture, "--pruner", "fastv", "--keep", "0.5", *more, "Which digit is red?")
+
+    assert "144 -> 48" in ask_fastv("--set", "layer=1").stderr
+    for wrong, said in (("layr=1", "no field 'layr'"), ("layer", "name=value"), ("layer=zero", "layer must be an int")):
+        refused = ask_fastv("--set", wrong)
+        assert refused.exit_code == 2
+        assert said in refused.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import sys
 import warnings
@@ -83,6 +84,10 @@ class PositionPolicy(str, Enum):
 
 
 PrunerName = Annotated[str, typer.Option("--pruner", help="Method; `vlmprune methods` lists them.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="A method's own setting, name=value; repeat for several.", show_default=False),
+]
 Positions = Annotated[
     PositionPolicy | None, typer.Option(help="Position ids after pruning.", show_default="the method's own")
 ]
@@ -111,6 +116,7 @@ def demo(
     pruner: PrunerName = "divprune",
     keep: Annotated[str, typer.Option(help="Ratio such as 0.25, or count per image such as 64.")] = "0.25",
     positions: Positions = None,
+    setting: Settings = None,
     questions: Annotated[int, typer.Option(min=1, help="Questions per scene.")] = 3,
     repeats: Repeats = 3,
     device: Device = None,
@@ -122,7 +128,7 @@ def demo(
         from vlmprune import demo as job
         from vlmprune.overlay import check_image_path
 
-        method = _method(pruner, keep, positions)
+        method = _method(pruner, keep, positions, setting)
         check_image_path(out / "kept_tokens.png")
         chat = _chat(None, device)
         todo = job.pick_questions(bundled.demo_scenes(), questions)
@@ -152,6 +158,7 @@ def ask(
         typer.Option(help="Ratio such as 0.1, or count per image such as 64.", show_default="the method's own"),
     ] = None,
     positions: Positions = None,
+    setting: Settings = None,
     compare: Annotated[bool, typer.Option("--compare", help="Run unpruned as well and show both.")] = False,
     overlay: Annotated[
         Path | None, typer.Option(help="Write a picture of the kept tokens.", show_default=False)
@@ -172,7 +179,7 @@ def ask(
         from vlmprune.overlay import check_image_path
 
         pictures = [job.load_image(path) for path in image]
-        method = _method(pruner, keep, positions)
+        method = _method(pruner, keep, positions, setting)
         if overlay is not None:
             check_image_path(overlay)
         chat = _chat(model, device, dtype)
@@ -232,10 +239,18 @@ def _chat(model: str | None, device: str | None, dtype: Dtype | None = None) -> 
     return load_chat(model, device, dtype.value if dtype else None)
 
 
-def _method(name: str, keep: str | None, positions: PositionPolicy | None) -> Pruner:
+def _method(name: str, keep: str | None, positions: PositionPolicy | None, settings: list[str] | None) -> Pruner:
     from vlmprune.ask import parse_keep
 
     fields: dict[str, Any] = {} if keep is None else {"keep": parse_keep(keep)}
+    for setting in settings or []:
+        key, equals, value = setting.partition("=")
+        if not (key and equals and value):
+            raise ValueError(f"--set takes name=value, such as --set layer=2, got {setting!r}")
+        try:
+            fields[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            fields[key] = value
     if positions is not None:
         fields["positions"] = positions.value
     return vlmprune.create_pruner(name, **fields)
