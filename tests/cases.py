@@ -58,7 +58,7 @@ PRUNERS = {
     case.name: case
     for case in (
         PrunerCase("divprune"),
-        PrunerCase("fastv", ({"keep": 0.5, "layer": 1}, {"keep": 20})),
+        PrunerCase("fastv", ({"keep": 0.5, "layer": 1}, {"keep": 20, "layer": 1})),
         PrunerCase("pool"),
         PrunerCase("random", ({"keep": 0.3, "seed": 3}, {"keep": 4})),
         PrunerCase("uniform"),
