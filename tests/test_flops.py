@@ -318,3 +318,20 @@ def test_negative_counts_are_refused():
 def test_readable_units():
     assert [format_flops(v) for v in (0, 999, 1000, 8.4137e12)] == ["0 FLOPs", "999 FLOPs", "1 kFLOPs", "8.41 TFLOPs"]
     assert [format_bytes(v) for v in (512, 1024, 1_010, 323 * 2**20)] == ["512 B", "1 KiB", "0.986 KiB", "323 MiB"]
+
+
+def test_estimate_of_a_method_inside_the_decoder_equals_what_its_session_reports():
+    config = llava_config()
+    model = llava(config).eval()
+    pruner = vlmprune.FastV(keep=0.6, layer=1)
+    inputs = prompt(config, 8)
+    estimate = estimate_flops(model, text_tokens=8, visual_tokens=36, pruner=pruner, logits_tokens=44)
+    with torch.no_grad(), vlmprune.prune(model, pruner) as session:
+        measured = count(model, **inputs)
+    report = session.last
+    assert estimate.full == report.flops_full
+    assert estimate.kv_bytes_pruned == report.kv_bytes_pruned
+    assert [layer.mlp for layer in estimate.prefill_pruned.layers] == [layer.mlp for layer in report.flops[1].layers]
+    assert report.flops_pruned == pytest.approx(measured["Global"], rel=0.01)
+    by_name = estimate_flops(config, text_tokens=8, visual_tokens=36, pruner="divprune")
+    assert by_name.tokens_pruned == 8 + round(0.098 * 36)

@@ -14,19 +14,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
+from vlmprune.contract import Pruner
+from vlmprune.registry import create_pruner
 from vlmprune.vision_flops import FAMILIES, TOWERS, Grid, attention, linear
 
 Counts = int | Sequence[int]
 Pictures = int | Sequence[Grid]
 """What passes the vision tower: patch grids (rows, columns), or a number of pictures of the config's size."""
-
-
-class Budgeted(Protocol):
-    """Anything that turns the token counts of the items into the numbers kept, such as a `vlmprune` pruner."""
-
-    def budget(self, counts: list[int]) -> Sequence[int]: ...
 
 
 @dataclass(frozen=True)
@@ -76,7 +72,7 @@ class Flops:
 class FlopsEstimate:
     """Cost with all visual tokens (`*_full`) and with those a pruner keeps (`*_pruned`).
 
-    `tokens_*` is the sequence length after the boundary, text included; `decode_*` is the first decode step after that
+    `tokens_*` is the sequence length in the last decoder layer, text included; `decode_*` is the first decode step after that
     prefill; `kv_bytes_*` is the KV cache at the end of the prefill.
     """
 
@@ -117,7 +113,7 @@ def estimate_flops(
     *,
     text_tokens: int,
     visual_tokens: Counts,
-    pruner: Budgeted | None = None,
+    pruner: Pruner | str | None = None,
     images: Pictures | None = None,
     batch: int = 1,
     logits_tokens: int = 1,
@@ -129,7 +125,7 @@ def estimate_flops(
         model_or_config: a model (also PEFT-wrapped, also on the meta device) or its config.
         text_tokens: tokens of the prompt that are not visual, per row.
         visual_tokens: visual tokens of the prompt's image, or one count per item; 0 for a prompt without image.
-        pruner: anything with `budget(counts) -> counts`; None prunes nothing.
+        pruner: a method or its name; None prunes nothing.
         images: pictures that pass the vision tower, per row: patch grids, or a number of those of the config's size. By
             default as many as an item's count tells, at least; where images come in any size or lose tokens before the
             boundary (Qwen-VL's windows, LLaVA-NeXT's padding) only the grids are exact.
@@ -144,15 +140,16 @@ def estimate_flops(
     if text_tokens < 0 or any(count < 0 for count in counts):
         raise ValueError(f"token counts must not be negative, got text_tokens={text_tokens}, visual_tokens={counts}.")
     counts = [count for count in counts if count]
-    kept = counts if pruner is None or not counts else [int(count) for count in pruner.budget(counts)]
     config = resolve_config(model_or_config)
+    if isinstance(pruner, str):
+        pruner = create_pruner(pruner)
     if images is None:
         images = [grid for count in counts for grid in FAMILIES[config.model_type].pictures(config, count)]
     images = images * batch if isinstance(images, int) else list(images) * batch
     if element_bytes is None:
         element_bytes = _element_bytes(model_or_config, config)
 
-    def cost(tokens: int) -> tuple[Flops, Flops, int]:
+    def cost(tokens: list[int]) -> tuple[Flops, Flops, int]:
         return (
             prefill_flops(
                 config,
@@ -161,14 +158,20 @@ def estimate_flops(
                 batch=batch,
                 logits_tokens=logits_tokens,
             ),
-            decode_flops(config, layer_tokens=tokens + 1, batch=batch),
+            decode_flops(config, layer_tokens=[count + 1 for count in tokens], batch=batch),
             kv_cache_bytes(config, layer_tokens=tokens, batch=batch, element_bytes=element_bytes),
         )
 
-    full, pruned = text_tokens + sum(counts), text_tokens + sum(kept)
+    depth = config.text_config.num_hidden_layers
+    full = [text_tokens + sum(counts)] * depth
+    pruned = list(full)
+    for stage in pruner.layers(depth) if pruner is not None and counts else ():
+        pruned[stage:] = [text_tokens + sum(pruner.budget(counts, stage, depth))] * (depth - stage)
     prefill_full, decode_full, kv_full = cost(full)
     prefill_pruned, decode_pruned, kv_pruned = cost(pruned)
-    return FlopsEstimate(full, pruned, prefill_full, prefill_pruned, decode_full, decode_pruned, kv_full, kv_pruned)
+    return FlopsEstimate(
+        full[-1], pruned[-1], prefill_full, prefill_pruned, decode_full, decode_pruned, kv_full, kv_pruned
+    )
 
 
 def prefill_flops(
