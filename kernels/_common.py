@@ -79,22 +79,6 @@ def row_counts(k: Count, max_k: int | None, like: Tensor) -> tuple[Tensor, int]:
     return counts.clamp(0, width), width
 
 
-def pack(value: Tensor, index: Tensor | None = None) -> Tensor:
-    """int64 keys whose maximum is the largest fp32 value and, among equals, the lowest index (in the last dimension).
-
-    Non-negative for non-negative values, so -1 is below every candidate there.
-    """
-    if index is None:
-        index = torch.arange(value.shape[-1], device=value.device)
-    bits = (value.float() + 0.0).view(torch.int32)  # -0.0 becomes 0.0
-    order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
-    return (order << 32) | (0xFFFFFFFF - index)
-
-
-def unpack_index(key: int) -> int:
-    return 0xFFFFFFFF - (key & 0xFFFFFFFF)
-
-
 class Directions(NamedTuple):
     """Rows `[B, N, D]` in fp32, and the inverse of their norms `[B, N]`: a product is scaled after it is taken, which
     costs N x N instead of a copy of N x D."""

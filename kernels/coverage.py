@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._common import Count, check_mask, check_tokens, pack, resolve_backend, row_counts, unpack_index
+from ._common import Count, check_mask, check_tokens, resolve_backend, row_counts
+
+_STRIP = 64
+_SLACK = 1e-5  # more than the relative error of an fp32 sum
 
 
 def coverage_select(
@@ -96,7 +99,8 @@ def stack_columns(visual: Tensor, text: Tensor | None, weight: float, mask: Tens
     out = visual.new_empty(
         visual.shape[0], visual.shape[2], rows + (0 if text is None else text.shape[1]), dtype=torch.float32
     )
-    out[:, :, :rows] = visual.mT
+    for i in range(0, rows, _STRIP):  # a transposed copy by strips stays in cache
+        out[:, :, i : min(i + _STRIP, rows)] = visual[:, i : i + _STRIP].mT
     if weight != 1.0:
         out[:, :, :rows] *= weight
     if text is not None:
@@ -122,31 +126,44 @@ def coverage_reference(columns: Tensor, counts: Tensor, picks: Tensor, mask: Ten
     return picks
 
 
-def _select_cpu(columns: Tensor, counts: Tensor, picks: Tensor, mask: Tensor | None, chunk: int = 64) -> Tensor:
+def _select_cpu(columns: Tensor, counts: Tensor, picks: Tensor, mask: Tensor | None, chunk: int = 32) -> Tensor:
     """The same picks by lazy evaluation (Minoux 1978): a gain can only shrink, so a stale one is an upper bound.
 
-    Candidates are re-evaluated `chunk` at a time, best bound first, until the best fresh gain beats every bound.
+    Candidates are evaluated `chunk` at a time, best bound first, until the best gain beats every bound. An fp32 sum,
+    raised by more than its error, is bound enough for all but the candidates that may win.
     """
     scratch = columns.new_empty(chunk, columns.shape[2])
     for item, (table, out) in enumerate(zip(columns, picks, strict=True)):
-        n = len(table)
-        covered = torch.zeros_like(table[0])
-        keys = pack(table.clamp_min(0.0).sum(1, dtype=torch.float64))
+        covered, k = torch.zeros_like(table[0]), int(counts[item])
+        bound = torch.cat([part.clamp_min(0.0).sum(1, dtype=torch.float64) for part in table.split(_STRIP)]).float()
         if mask is not None:
-            keys.masked_fill_(~mask[item], -1)
-        for t in range(int(counts[item])):
-            best, stale = -1, keys.clone()
+            bound.masked_fill_(~mask[item], -1.0)
+        for t in range(k):
+            best, current = (-1.0, -1) if t else (float(bound.max()), int(bound.argmax()))
+            stale = bound.clone()
             while t:
-                top, candidates = stale.topk(min(chunk, n))
-                if int(top[0]) <= best:
+                top, candidates = stale.topk(min(chunk, len(stale)))
+                limits = [value for value in top.tolist() if value >= 0.0]
+                if not limits or limits[0] < best:
                     break
-                union = torch.index_select(table, 0, candidates, out=scratch[: len(candidates)])
-                gain = torch.maximum(union, covered, out=union).sub_(covered).sum(1, dtype=torch.float64)
-                fresh = torch.where(top < 0, -1, pack(gain, candidates))
-                keys[candidates], stale[candidates] = fresh, -1
-                best = max(best, int(fresh.max()))
-            current = unpack_index(best if t else int(keys.max()))
+                candidates = candidates[: len(limits)]
+                gains = torch.index_select(table, 0, candidates, out=scratch[: len(limits)])
+                gains = torch.maximum(gains, covered, out=gains).sub_(covered)
+                rough = gains.sum(1)
+                sums = rough.tolist()
+                least = max(best, max(sums) * (1 - _SLACK))
+                near = [i for i, value in enumerate(sums) if value * (1 + _SLACK) >= least]
+                close = torch.tensor(near, dtype=torch.int64)
+                exact = gains[close].sum(1, dtype=torch.float64).float()
+                fresh = rough.mul_(1 + _SLACK).index_copy_(0, close, exact)
+                bound[candidates], stale[candidates] = fresh, -1.0
+                for value, index in zip(exact.tolist(), candidates[close].tolist(), strict=True):
+                    if value > best or (value == best and index < current):
+                        best, current = value, index
+            if best == 0.0:  # and so for all that are left
+                out[t:k] = (bound >= 0.0).nonzero()[: k - t, 0]
+                break
             out[t] = current
-            keys[current] = -1
+            bound[current] = -1.0
             torch.maximum(covered, table[current], out=covered)
     return picks

@@ -4,6 +4,8 @@ import pathlib
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vlmprune.kernels import dpp_select, pairwise_cosine
 
@@ -75,6 +77,22 @@ def test_duplicates_zero_rows_and_zero_quality(backend, device):
     assert dpp_select(pairwise_cosine(x).to(device), 9, backend=backend)[0].tolist() == list(range(9))
     zero = torch.zeros(1, 9, device=device)
     assert dpp_select(pairwise_cosine(x).to(device), 4, quality=zero, backend=backend).tolist() == [[0, 1, 2, 3]]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=12), st.integers(0, 13), st.integers(0, 2**12 - 1))
+def test_any_multiset_yields_distinct_picks_that_span_it(directions, k, bits):
+    """Orthogonal directions and zero rows, repeated at will: one pick per direction, by quality, then the rest."""
+    x = torch.eye(5)[directions][None] * (torch.tensor(directions) > 0)[None, :, None]
+    quality = 1 + torch.tensor([bits >> i & 1 for i in range(len(directions))], dtype=torch.float32)[None]
+    picks = dpp_select(pairwise_cosine(x), k, quality=quality)[0].tolist()
+    by_quality = sorted(range(len(directions)), key=lambda i: (-quality[0, i], i))
+    spanning = []
+    for i in by_quality:
+        if directions[i] and directions[i] not in [directions[j] for j in spanning]:
+            spanning.append(i)
+    want = spanning + [i for i in by_quality if i not in spanning]
+    assert picks == want[: min(k, len(directions))]
 
 
 def test_ragged_nested_and_alone(backend, device):

@@ -3,6 +3,8 @@ import pathlib
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vlmprune.kernels import max_min_select
 
@@ -127,6 +129,21 @@ def test_duplicates_and_zero_rows_are_picked_once(backend, device, first, object
     if objective == "max_min":
         early = {i % 6 if i not in (3, 10) else -i for i in picks[:8]}
         assert len(early) == 8, "six directions and the two zero rows come before any copy"
+
+
+axes = st.tuples(st.integers(0, 3), st.sampled_from([-4.0, -1.0, 0.0, 0.5, 2.0]))
+
+
+@pytest.mark.parametrize("objective", ["max_min", "max_sum"])
+@settings(max_examples=30, deadline=None)
+@given(st.lists(axes, min_size=1, max_size=10), st.integers(0, 11), st.none() | st.integers(0, 9))
+def test_exact_ties_everywhere(objective, rows, k, first):
+    """Rows on the axes have cosines -1, 0 or 1, exactly: nearly every step ties, and the picks must be the same."""
+    x = torch.zeros(1, len(rows), 4)
+    for i, (axis, length) in enumerate(rows):
+        x[0, i, axis] = length
+    rule = "isolated" if first is None else first % len(rows)
+    assert max_min_select(x, k, first=rule, objective=objective)[0].tolist() == naive(x[0], k, rule, objective)
 
 
 def test_equal_rows_give_the_lowest_index_first(backend, device):
