@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ def compact(
         backend: "auto" (Triton on a GPU, torch elsewhere), "torch" or "triton".
 
     Returns:
-        The tensors, contiguous, with S replaced by K. No gradient flows through them.
+        The tensors, contiguous, with S replaced by K. Gradients flow back to the kept columns.
 
     Raises:
         ValueError: on shapes that do not fit together, and on columns out of range in a CPU `keep`.
@@ -77,6 +78,29 @@ def _compact(keep: Tensor, tensors: list[Tensor], dims: list[int], fill: list[fl
 @_compact.register_fake
 def _(keep: Tensor, tensors: list[Tensor], dims: list[int], fill: list[float], backend: str) -> list[Tensor]:
     return [t.new_empty(*t.shape[:d], keep.shape[1], *t.shape[d + 1 :]) for t, d in zip(tensors, dims, strict=True)]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    keep, tensors, ctx.dims, _, _ = inputs
+    ctx.shapes = [t.shape for t in tensors]
+    ctx.save_for_backward(keep)
+
+
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[None, list[Tensor | None], None, None, None]:
+    """A kept column receives the sum of what its copies receive, the others nothing."""
+    (keep,) = ctx.saved_tensors
+    back: list[Tensor | None] = []
+    for grad, shape, dim in zip(grads, ctx.shapes, ctx.dims, strict=True):
+        if grad is None or not grad.is_floating_point():
+            back.append(None)
+            continue
+        view = [1] * (dim - 1) + list(keep.shape) + [1] * (len(shape) - dim - 1)
+        index = keep.clamp_min(0).view(view).expand_as(grad)
+        back.append(grad.new_zeros(shape).scatter_add_(dim, index, grad.masked_fill((keep < 0).view(view), 0.0)))
+    return None, back, None, None, None
+
+
+_compact.register_autograd(_backward, setup_context=_save)
 
 
 def planes(tensor: Tensor, dim: int) -> Tensor:

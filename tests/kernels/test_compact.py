@@ -65,6 +65,19 @@ def test_wrong_arguments(keep, tensors, kwargs):
         compact(keep, tensors, **kwargs)
 
 
+def test_gradients_reach_the_kept_columns(backend, device):
+    x = torch.randn(2, 4, 3, device=device, dtype=torch.float64, requires_grad=True)
+    planes = torch.randn(2, 2, 4, device=device, dtype=torch.float64, requires_grad=True)
+    labels = torch.arange(8, device=device).view(2, 4)
+    keep = torch.tensor([[0, 3, -1], [2, 2, 1]], device=device)
+
+    def cut(x, planes):
+        out = compact(keep, [x, labels, planes], dims=[1, 1, 2], fill=[5, 0, 5], backend=backend)
+        return out[0], out[2]
+
+    assert torch.autograd.gradcheck(cut, (x, planes))
+
+
 def test_compiled_as_one_op():
     keep, x, mask = torch.tensor([[0, 3], [2, -1]]), torch.randn(2, 4, 3), torch.ones(2, 4, dtype=torch.bool)
 
