@@ -72,8 +72,8 @@ class Flops:
 class FlopsEstimate:
     """Cost with all visual tokens (`*_full`) and with those a pruner keeps (`*_pruned`).
 
-    `tokens_*` is the sequence length in the last decoder layer, text included; `decode_*` is the first decode step after that
-    prefill; `kv_bytes_*` is the KV cache at the end of the prefill.
+    `tokens_*` is the sequence length in the last decoder layer, text included; `decode_*` is the first decode step
+    after that prefill; `kv_bytes_*` is the KV cache at the end of the prefill.
     """
 
     tokens_full: int
@@ -165,13 +165,11 @@ def estimate_flops(
     depth = config.text_config.num_hidden_layers
     full = [text_tokens + sum(counts)] * depth
     pruned = list(full)
-    for stage in pruner.layers(depth) if pruner is not None and counts else ():
-        pruned[stage:] = [text_tokens + sum(pruner.budget(counts, stage, depth))] * (depth - stage)
-    prefill_full, decode_full, kv_full = cost(full)
-    prefill_pruned, decode_pruned, kv_pruned = cost(pruned)
-    return FlopsEstimate(
-        full[-1], pruned[-1], prefill_full, prefill_pruned, decode_full, decode_pruned, kv_full, kv_pruned
-    )
+    if pruner is not None and counts:
+        for stage in pruner.layers(depth):
+            pruned[stage:] = [text_tokens + sum(pruner.budget(counts, stage, depth))] * (depth - stage)
+    (prefill_full, decode_full, kv_full), (prefill, decode, kv) = cost(full), cost(pruned)
+    return FlopsEstimate(full[-1], pruned[-1], prefill_full, prefill, decode_full, decode, kv_full, kv)
 
 
 def prefill_flops(
