@@ -4,7 +4,6 @@ import importlib
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vlmprune import kernels
 
@@ -14,26 +13,27 @@ def module(name):
 
 
 def test_references_read_no_value_back():
-    """On fake CUDA tensors every read of a value on the host, or a shape that depends on one, raises."""
-    with FakeTensorMode():
-        x, square = torch.randn(2, 9, 4, device="cuda"), torch.rand(2, 9, 9, device="cuda")
-        mask, counts = torch.rand(2, 9, device="cuda") < 0.5, torch.ones(2, dtype=torch.int64, device="cuda")
-        picks = torch.full((2, 3), -1, device="cuda")
-        tokens = module("_common").directions("x", x, mask, 1e-8)
-        for stored in (True, False):
-            out = module("max_min").max_min_reference(tokens, counts, picks, mask, None, False, stored)
-            assert out.device.type == "cuda"
-        module("max_min").most_eccentric(tokens, mask)
-        columns = module("coverage").stack_columns(square, None, 0.5, mask)
-        assert module("coverage").coverage_reference(columns, counts, picks, mask).shape == (2, 3)
-        weight = torch.rand(2, 9, device="cuda")
-        module("dpp").dpp_reference(square, weight, weight, counts.float(), counts, picks)
-        assert module("dpp")._fill(picks, weight, counts, mask).shape == (2, 3)
-        q = x[:, None]
-        module("attention").attention_reference(q, q, mask, mask, None, 1.0, False, False)
-        plan = kernels.merge_plan(kernels.bipartite_match(x, 2, mask=mask, backend="torch"), 9, 7, mask=mask)
-        assert kernels.merge_tokens(x, plan.keep, plan.into, backend="torch")[0].shape == (2, 7, 4)
-        assert kernels.compact(picks, [x, mask], backend="torch")[1].shape == (2, 3)
+    """Tensors without values: reading one on the host, or a shape that depends on one, raises."""
+    x, square = torch.randn(2, 9, 4, device="meta"), torch.rand(2, 9, 9, device="meta")
+    mask, counts = torch.rand(2, 9, device="meta") < 0.5, torch.ones(2, dtype=torch.int64, device="meta")
+    picks = torch.full((2, 3), -1, device="meta")
+    tokens = module("_common").directions("x", x, mask, 1e-8)
+    for stored in (True, False):
+        out = module("max_min").max_min_reference(tokens, counts, picks, mask, None, False, stored)
+        assert out.device.type == "meta"
+    module("max_min").most_eccentric(tokens, mask)
+    columns = module("coverage").stack_columns(square, None, 0.5, mask)
+    assert module("coverage").coverage_reference(columns, counts, picks, mask).shape == (2, 3)
+    weight = torch.rand(2, 9, device="meta")
+    module("dpp").dpp_reference(square, weight, weight, counts.float(), counts, picks)
+    assert module("dpp")._fill(picks, weight, counts, mask).shape == (2, 3)
+    q = x[:, None]
+    module("attention").attention_reference(q, q, mask, mask, None, 1.0, False, False)
+    plan = kernels.merge_plan(kernels.bipartite_match(x, 2, mask=mask, backend="torch"), 9, 7, mask=mask)
+    merge = module("merge")
+    merged, _ = merge._combine(x, plan.keep, plan.into, None, "target_plus_mean", merge.slot_sums_reference)
+    assert merged.shape == (2, 7, 4)
+    assert module("compact").compact_reference(picks, x, 1, 0.0).shape == (2, 3, 4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
