@@ -383,3 +383,13 @@ def test_a_methods_own_settings(picture, shared):
         refused = ask_fastv("--set", wrong)
         assert refused.exit_code == 2
         assert said in refused.stderr
+
+
+def test_bench_kernels_passes_its_options_on(monkeypatch):
+    from vlmprune.kernels import bench
+
+    seen = []
+    monkeypatch.setattr(bench, "main", lambda argv: seen.append(list(argv)) or 3)
+    assert call("bench", "kernels", "--ops", "max_min", "--json", "x.json").exit_code == 3
+    assert seen == [["--ops", "max_min", "--json", "x.json"]]
+    assert "kernels" in call("bench", "--help").stdout

@@ -84,6 +84,9 @@ class PositionPolicy(str, Enum):
 
 
 PrunerName = Annotated[str, typer.Option("--pruner", help="Method; `vlmprune methods` lists them.")]
+bench = typer.Typer(help="Time what the package does on this machine.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="A method's own setting, name=value; repeat for several.", show_default=False),
@@ -203,6 +206,16 @@ def ask(
     if overlay is not None:
         _write_overlay(overlay, chat, inputs, question, full, pruned, method)
         notes.print(f"wrote [bold]{escape(str(overlay))}[/]", highlight=False, soft_wrap=True)
+
+
+@bench.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def kernels(context: typer.Context) -> None:
+    """Time every kernel against its reference, the published loop and library peers; `--help` lists the options."""
+    from vlmprune.kernels.bench import main
+
+    raise typer.Exit(main(context.args))
 
 
 @app.command()
