@@ -1,0 +1,39 @@
+"""The examples run as printed."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from vlmprune import bundled, registry
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def test_ask_image(monkeypatch, capsys, tmp_path) -> None:
+    scene = bundled.demo_scenes()[0]
+    scene.image.save(tmp_path / "scene.png")
+    question = next(q for q in scene.questions if q.kind == "count")
+    monkeypatch.setattr(sys, "argv", ["ask_image.py", str(tmp_path / "scene.png"), question.text, "--keep", "0.5"])
+    runpy.run_path(str(EXAMPLES / "ask_image.py"), run_name="__main__")
+    answer, report = capsys.readouterr().out.splitlines()
+    assert answer == question.answer
+    assert report.startswith("144 -> 72 visual tokens")
+
+
+def test_own_method(capsys) -> None:
+    try:
+        runpy.run_path(str(EXAMPLES / "own_method.py"), run_name="__main__")
+    finally:
+        registry._registered.pop("outliers", None)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(bundled.demo_scenes()[0].questions)
+    assert all("144 -> 36 visual tokens" in line for line in lines)
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_every_example_is_run_here(path: Path) -> None:
+    assert f"def test_{path.stem}(" in Path(__file__).read_text()
