@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ._common import Directions, check_mask, check_tokens, directions, resolve_backend
 
-_BLOCK = 384
+_BLOCK = 192
 
 
 def pairwise_cosine(
@@ -88,9 +88,10 @@ def gram(x: Directions) -> Tensor:
     if x.rows.device.type != "cpu" or n <= _BLOCK:
         return cosine_reference(x, x)
     out = x.rows.new_empty(batch, n, n)
+    block = _BLOCK if n < 8 * _BLOCK else 2 * _BLOCK
     for rows, inverse, g in zip(x.rows, x.inverse, out, strict=True):
-        for i in range(0, n, _BLOCK):
-            j = min(i + _BLOCK, n)
+        for i in range(0, n, block):
+            j = min(i + block, n)
             g[i:j, i:].addmm_(rows[i:j], rows[i:].T, beta=0).mul_(inverse[i:j, None]).mul_(inverse[i:])
             g[j:, i:j] = g[i:j, j:].T
     return out

@@ -8,6 +8,7 @@ from torch import Tensor
 from ._common import Count, check_mask, check_tokens, resolve_backend, row_counts
 
 _STRIP = 64
+_SERIAL = 32767
 _SLACK = 1e-5  # more than the relative error of an fp32 sum
 
 
@@ -126,12 +127,14 @@ def coverage_reference(columns: Tensor, counts: Tensor, picks: Tensor, mask: Ten
     return picks
 
 
-def _select_cpu(columns: Tensor, counts: Tensor, picks: Tensor, mask: Tensor | None, chunk: int = 32) -> Tensor:
+def _select_cpu(columns: Tensor, counts: Tensor, picks: Tensor, mask: Tensor | None, chunk: int = 0) -> Tensor:
     """The same picks by lazy evaluation (Minoux 1978): a gain can only shrink, so a stale one is an upper bound.
 
     Candidates are evaluated `chunk` at a time, best bound first, until the best gain beats every bound. An fp32 sum,
-    raised by more than its error, is bound enough for all but the candidates that may win.
+    raised by more than its error, is bound enough for all but the candidates that may win. By default a chunk is just
+    too small for torch to split it over threads, whose barriers would cost more than they gain.
     """
+    chunk = chunk or min(128, max(8, _SERIAL // max(1, columns.shape[2])))
     scratch = columns.new_empty(chunk, columns.shape[2])
     for item, (table, out) in enumerate(zip(columns, picks, strict=True)):
         covered, k = torch.zeros_like(table[0]), int(counts[item])

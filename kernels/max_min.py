@@ -95,9 +95,8 @@ def _max_min_select(
     backend: str,
 ) -> Tensor:
     batch, n, _ = x.shape
-    picks = torch.full((batch, width), -1, dtype=torch.int64, device=x.device)
-    if not picks.numel():
-        return picks
+    if not batch * width:
+        return counts.new_empty(batch, width)
     if first is not None:
         first = _check_first(first, counts, mask, n)
     stored = 4 * batch * n * n <= _GRAM_BYTES
@@ -107,12 +106,12 @@ def _max_min_select(
         if first is None and (eccentric or not stored):
             tokens = directions("x", x, mask, eps)
             first = most_eccentric(tokens, mask) if eccentric else most_isolated(tokens, mask)
-        return triton_max_min.max_min_select(x, counts, picks, mask, first, total, eps, stored)
+        return triton_max_min.max_min_select(x, counts, width, mask, first, total, eps, stored)
     tokens = directions("x", x, mask, eps)
     counts = counts if mask is None else torch.minimum(counts, mask.sum(1))
     if first is None and eccentric:
         first = most_eccentric(tokens, mask)
-    return max_min_reference(tokens, counts, picks, mask, first, total, stored)
+    return max_min_reference(tokens, counts, width, mask, first, total, stored)
 
 
 @_max_min_select.register_fake
@@ -173,16 +172,18 @@ def nearest_(similarity: Tensor, start: int, mask: Tensor | None) -> Tensor:
 
 
 def max_min_reference(
-    x: Directions, counts: Tensor, picks: Tensor, mask: Tensor | None, first: Tensor | None, total: bool, stored: bool
+    x: Directions, counts: Tensor, width: int, mask: Tensor | None, first: Tensor | None, total: bool, stored: bool
 ) -> Tensor:
-    """The selection, any device, without a host synchronisation; fills and returns `picks`.
+    """The selection, any device, without a host synchronisation.
 
     `closeness` is the similarity to the nearest picked row (or the sum over picked rows); +inf bars a row, as does the
     +inf that a picked row has to itself. On the CPU this is also the fast path: its cost is that of `gram`.
     """
-    items = torch.arange(len(picks), device=picks.device)
+    batch, n = x.inverse.shape
+    items = torch.arange(batch, device=x.inverse.device)
     if stored:
         similarity = gram(x)
+        table, offset = similarity.view(batch * n, n), items * n
         if first is None:
             first = nearest_(similarity, 0, mask).argmin(1)
         similarity.diagonal(0, 1, 2).fill_(torch.inf)
@@ -192,10 +193,11 @@ def max_min_reference(
     closeness = x.inverse.new_full(x.inverse.shape, 0.0 if total else -torch.inf)
     if mask is not None:
         closeness.masked_fill_(~mask, torch.inf)
-    for t in range(picks.shape[1]):
-        picks[:, t] = current
+    chosen = []
+    for _ in range(width):
+        chosen.append(current)
         if stored:
-            row = similarity[items, current]
+            row = table.index_select(0, current + offset if batch > 1 else current)
         else:
             pivot = Directions(x.rows[items, current, None], x.inverse[items, current, None])
             row = cosine_reference(pivot, x)[:, 0].scatter_(1, current[:, None], torch.inf)
@@ -206,5 +208,5 @@ def max_min_reference(
         else:
             closeness += row.masked_fill_(~mask, 0.0)
         current = closeness.argmin(1)
-    step = torch.arange(picks.shape[1], device=picks.device)
-    return picks.masked_fill_(step >= counts[:, None], -1)
+    step = torch.arange(width, device=x.inverse.device)
+    return torch.stack(chosen, 1).masked_fill_(step >= counts[:, None], -1)

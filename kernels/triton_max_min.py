@@ -88,14 +88,15 @@ def _step_kernel(
 def max_min_select(
     x: Tensor,
     counts: Tensor,
-    picks: Tensor,
+    width: int,
     mask: Tensor | None,
     first: Tensor | None,
     total: bool,
     eps: float,
     stored: bool,
 ) -> Tensor:
-    """Fill `picks`. `stored` keeps the `[B, N, N]` similarities in memory; without it `first` must be given."""
+    """The picks. `stored` keeps the `[B, N, N]` similarities in memory; without it `first` must be given."""
+    picks = torch.full((len(x), width), -1, dtype=torch.int64, device=x.device)
     if not stored:
         assert first is not None
         return _select_on_the_fly(x, counts, picks, mask, first, total, eps)
@@ -108,7 +109,7 @@ def max_min_select(
         _nearest_kernel[(n, batch)](similarity, valid, nearest, n, HAS_MASK=valid is not None, BLOCK=min(1024, block))
         first = nearest.argmin(1)
     _greedy_kernel[(batch,)](
-        similarity, valid, first, counts.contiguous(), picks, n, picks.shape[1],
+        similarity, valid, first, counts.contiguous(), picks, n, width,
         HAS_MASK=valid is not None, TOTAL=total, BLOCK=block, num_warps=min(32, max(4, block // 256)),
     )  # fmt: skip
     return picks
