@@ -12,7 +12,8 @@ from cases import BATCHES, PRUNERS
 from families import FAMILIES
 from PIL import Image
 from test_laws import STEPS, dropped_of, generate
-from transformers import pipeline
+from transformers import CompileConfig, pipeline
+from transformers.cache_utils import Cache, DynamicLayer
 
 import vlmprune
 from vlmprune import bundled
@@ -137,3 +138,40 @@ def test_flex_attention(pruner: str) -> None:
         out = generate(model, inputs)
         assert model.model.language_model.config._attn_implementation == "flex_attention"
     check_against_oracle(LLAVA.model(), inputs, out, session.last)
+
+
+@both_places
+def test_quantised_linears(pruner: str) -> None:
+    """int8 weights by torchao in the language model."""
+    quantization = pytest.importorskip("torchao.quantization")
+    model, inputs = LLAVA.model(), LLAVA.inputs(BATCHES["unequal"])
+    quantization.quantize_(model.model.language_model, quantization.Int8WeightOnlyConfig())
+    assert type(model.model.language_model.layers[0].self_attn.q_proj.weight.data) is not torch.Tensor
+    with vlmprune.prune(model, PRUNERS[pruner].make()) as session:
+        out = generate(model, inputs)
+    check_against_oracle(model, inputs, out, session.last)
+
+
+def test_quantised_cache_is_refused_in_one_sentence() -> None:
+    class QuantizedCache(Cache):
+        pass
+
+    cache = QuantizedCache(layers=[DynamicLayer() for _ in range(3)])
+    inputs = LLAVA.inputs(BATCHES["one"])
+    with vlmprune.prune(LLAVA.model(), "divprune", keep=0.3) as session, pytest.raises(ValueError, match="DynamicC"):
+        session.model(**inputs, past_key_values=cache)
+
+
+@both_places
+def test_compiled_decode_says_the_same(pruner: str) -> None:
+    """generate() compiles the decode step of a static cache; our hooks break its graph, never its result."""
+    model, inputs = LLAVA.model(), LLAVA.inputs(BATCHES["one"])
+    options = CompileConfig(backend="eager", mode=None)
+    options._compile_all_devices = True
+    torch._dynamo.reset()
+    with vlmprune.prune(model, PRUNERS[pruner].make()):
+        plain = generate(model, inputs)
+        compiled = generate(model, inputs, cache_implementation="static", compile_config=options)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    for mine, theirs in zip(compiled.logits, plain.logits):
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
