@@ -289,7 +289,7 @@ CASES: dict[str, Callable[[Size, torch.device, Sequence[str]], Case]] = {
     "dpp_select": dpp_case,
     "attention_scores": attention_case,
 }
-PEERS = {"fpsample": given_start_case, "apricot": symmetric_table_case}
+PEERS = {"max_min_select": ("fpsample", given_start_case), "coverage_select": ("apricot", symmetric_table_case)}
 
 
 def _ours(backends: Sequence[str], call: Callable[[str], Tensor]) -> list[Version]:
@@ -431,7 +431,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     rows: list[Row] = []
     cases = [CASES[op] for op in options.ops]
-    cases += [case for package, case in PEERS.items() if device.type == "cpu" and importlib.util.find_spec(package)]
+    for op in options.ops:
+        package, case = PEERS.get(op, ("", None))
+        if case and device.type == "cpu" and importlib.util.find_spec(package):
+            cases.append(case)
     for make in cases:
         for size in SIZES:
             if (size.full and not (options.full or device.type == "cuda")) or _skips(make, size):

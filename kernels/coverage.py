@@ -8,7 +8,6 @@ from torch import Tensor
 from ._common import Count, check_mask, check_tokens, resolve_backend, row_counts
 
 _STRIP = 64
-_SERIAL = 32767
 _SLACK = 1e-5  # more than the relative error of an fp32 sum
 
 
@@ -127,24 +126,25 @@ def coverage_reference(columns: Tensor, counts: Tensor, picks: Tensor, mask: Ten
     return picks
 
 
-def _select_cpu(columns: Tensor, counts: Tensor, picks: Tensor, mask: Tensor | None, chunk: int = 0) -> Tensor:
+def _select_cpu(columns: Tensor, counts: Tensor, picks: Tensor, mask: Tensor | None, chunk: int = 48) -> Tensor:
     """The same picks by lazy evaluation (Minoux 1978): a gain can only shrink, so a stale one is an upper bound.
 
     Candidates are evaluated `chunk` at a time, best bound first, until the best gain beats every bound. An fp32 sum,
-    raised by more than its error, is bound enough for all but the candidates that may win. By default a chunk is just
-    too small for torch to split it over threads, whose barriers would cost more than they gain.
+    raised by more than its error, is bound enough for all but the candidates that may win.
     """
-    chunk = chunk or min(128, max(8, _SERIAL // max(1, columns.shape[2])))
     scratch = columns.new_empty(chunk, columns.shape[2])
     for item, (table, out) in enumerate(zip(columns, picks, strict=True)):
         covered, k = torch.zeros_like(table[0]), int(counts[item])
         bound = torch.cat([part.clamp_min(0.0).sum(1, dtype=torch.float64) for part in table.split(_STRIP)]).float()
         if mask is not None:
             bound.masked_fill_(~mask[item], -1.0)
-        for t in range(k):
-            best, current = (-1.0, -1) if t else (float(bound.max()), int(bound.argmax()))
-            stale = bound.clone()
-            while t:
+        best, current = (float(bound.max()), int(bound.argmax())) if k else (0.0, -1)
+        chosen: list[int] = []
+        while len(chosen) < k:
+            if chosen:
+                best, current = -1.0, -1
+                stale = bound.clone()
+            while chosen:
                 top, candidates = stale.topk(min(chunk, len(stale)))
                 limits = [value for value in top.tolist() if value >= 0.0]
                 if not limits or limits[0] < best:
@@ -157,16 +157,17 @@ def _select_cpu(columns: Tensor, counts: Tensor, picks: Tensor, mask: Tensor | N
                 least = max(best, max(sums) * (1 - _SLACK))
                 near = [i for i, value in enumerate(sums) if value * (1 + _SLACK) >= least]
                 close = torch.tensor(near, dtype=torch.int64)
-                exact = gains[close].sum(1, dtype=torch.float64).float()
-                fresh = rough.mul_(1 + _SLACK).index_copy_(0, close, exact)
-                bound[candidates], stale[candidates] = fresh, -1.0
-                for value, index in zip(exact.tolist(), candidates[close].tolist(), strict=True):
+                exact = gains.index_select(0, close).sum(1, dtype=torch.float64).float()
+                bound.index_copy_(0, candidates, rough.mul_(1 + _SLACK).index_copy_(0, close, exact))
+                stale.index_fill_(0, candidates, -1.0)
+                for value, index in zip(exact.tolist(), candidates.index_select(0, close).tolist(), strict=True):
                     if value > best or (value == best and index < current):
                         best, current = value, index
             if best == 0.0:  # and so for all that are left
-                out[t:k] = (bound >= 0.0).nonzero()[: k - t, 0]
+                chosen += (bound >= 0.0).nonzero()[: k - len(chosen), 0].tolist()
                 break
-            out[t] = current
+            chosen.append(current)
             bound[current] = -1.0
             torch.maximum(covered, table[current], out=covered)
+        out[:k] = torch.tensor(chosen, dtype=torch.int64)
     return picks
