@@ -8,6 +8,7 @@ from torch import Tensor
 from ._common import Count, check_mask, check_tokens, resolve_backend, row_counts
 
 _STRIP = 64
+_SMALL = 1 << 17
 _SLACK = 1e-5  # more than the relative error of an fp32 sum
 
 
@@ -115,59 +116,62 @@ def stack_columns(visual: Tensor, text: Tensor | None, weight: float, mask: Tens
 def coverage_reference(columns: Tensor, counts: Tensor, picks: Tensor, mask: Tensor | None) -> Tensor:
     """The plain greedy loop on `[B, N, R]` columns, any device, without a host synchronisation; fills `picks`."""
     items = torch.arange(columns.shape[0], device=columns.device)
-    covered = torch.zeros_like(columns[:, 0])
+    covered, gains = torch.zeros_like(columns[:, :1]), torch.empty_like(columns)
     barred = torch.zeros_like(columns[:, :, 0]) if mask is None else torch.where(mask, 0.0, -torch.inf)
     for t in range(picks.shape[1]):
-        gain = (columns - covered[:, None]).clamp_min_(0.0).sum(2, dtype=torch.float64).float()
+        gain = torch.maximum(columns, covered, out=gains).sub_(covered).sum(2, dtype=torch.float64).float()
         current = (gain + barred).argmax(1)
         picks[:, t] = torch.where(t < counts, current, -1)
         barred[items, current] = -torch.inf
-        covered = torch.maximum(covered, columns[items, current])
+        covered = torch.maximum(covered, columns[items, current, None])
     return picks
 
 
-def _select_cpu(columns: Tensor, counts: Tensor, picks: Tensor, mask: Tensor | None, chunk: int = 48) -> Tensor:
+def _select_cpu(columns: Tensor, counts: Tensor, picks: Tensor, mask: Tensor | None, chunk: int = 32) -> Tensor:
     """The same picks by lazy evaluation (Minoux 1978): a gain can only shrink, so a stale one is an upper bound.
 
-    Candidates are evaluated `chunk` at a time, best bound first, until the best gain beats every bound. An fp32 sum,
-    raised by more than its error, is bound enough for all but the candidates that may win.
+    A step evaluates the `chunk` best bounds, then four times as many, and so on, until no stale bound reaches the best
+    gain found. An fp32 sum, raised by more than its error, is bound enough; only the few candidates within that error
+    of the best are summed in fp64. Many small items at once are quicker without the bookkeeping.
     """
-    scratch = columns.new_empty(chunk, columns.shape[2])
+    batch, n, rows = columns.shape
+    if batch > 1 and n * rows <= _SMALL:
+        return coverage_reference(columns, counts, picks, mask)
+    scratch = torch.empty_like(columns[0])
     for item, (table, out) in enumerate(zip(columns, picks, strict=True)):
-        covered, k = torch.zeros_like(table[0]), int(counts[item])
-        bound = torch.cat([part.clamp_min(0.0).sum(1, dtype=torch.float64) for part in table.split(_STRIP)]).float()
+        covered, chosen = torch.zeros_like(table[0]), []
+        bound = torch.cat([part.clamp_min(0.0).sum(1) for part in table.split(_STRIP)]).mul_(1 + _SLACK)
+        left = n
         if mask is not None:
+            left = int(mask[item].sum())
             bound.masked_fill_(~mask[item], -1.0)
-        best, current = (float(bound.max()), int(bound.argmax())) if k else (0.0, -1)
-        chosen: list[int] = []
-        while len(chosen) < k:
-            if chosen:
-                best, current = -1.0, -1
-                stale = bound.clone()
-            while chosen:
-                top, candidates = stale.topk(min(chunk, len(stale)))
-                limits = [value for value in top.tolist() if value >= 0.0]
-                if not limits or limits[0] < best:
-                    break
-                candidates = candidates[: len(limits)]
-                gains = torch.index_select(table, 0, candidates, out=scratch[: len(limits)])
-                gains = torch.maximum(gains, covered, out=gains).sub_(covered)
-                rough = gains.sum(1)
-                sums = rough.tolist()
-                least = max(best, max(sums) * (1 - _SLACK))
-                near = [i for i, value in enumerate(sums) if value * (1 + _SLACK) >= least]
-                close = torch.tensor(near, dtype=torch.int64)
-                exact = gains.index_select(0, close).sum(1, dtype=torch.float64).float()
-                bound.index_copy_(0, candidates, rough.mul_(1 + _SLACK).index_copy_(0, close, exact))
+        for t in range(int(counts[item])):
+            stale, size, least = bound.clone(), min(chunk, left - t), 0.0
+            candidates = bound.topk(size).indices
+            while len(candidates):
+                gains = _gains(table, covered, candidates, scratch).sum(1)
+                least = max(least, float(gains.max()) * (1 - _SLACK))
+                bound.index_copy_(0, candidates, gains.mul_(1 + _SLACK))
                 stale.index_fill_(0, candidates, -1.0)
-                for value, index in zip(exact.tolist(), candidates.index_select(0, close).tolist(), strict=True):
-                    if value > best or (value == best and index < current):
-                        best, current = value, index
-            if best == 0.0:  # and so for all that are left
-                chosen += (bound >= 0.0).nonzero()[: k - len(chosen), 0].tolist()
+                candidates, size = (stale >= least).nonzero()[:, 0], 4 * size
+                if len(candidates) > size:
+                    candidates = stale.topk(size).indices
+            candidates = (bound >= least).nonzero()[:, 0]
+            if least == 0.0:  # nothing is left to gain
+                chosen += candidates[: int(counts[item]) - t].tolist()
                 break
+            best = 0
+            if len(candidates) > 1:  # they ascend, so ties go to the lowest
+                best = int(_gains(table, covered, candidates, scratch).sum(1, dtype=torch.float64).float().argmax())
+            current = int(candidates[best])
             chosen.append(current)
             bound[current] = -1.0
             torch.maximum(covered, table[current], out=covered)
-        out[:k] = torch.tensor(chosen, dtype=torch.int64)
+        out[: len(chosen)] = torch.tensor(chosen, dtype=torch.int64)
     return picks
+
+
+def _gains(table: Tensor, covered: Tensor, candidates: Tensor, scratch: Tensor) -> Tensor:
+    """What each candidate would add to every row."""
+    union = torch.index_select(table, 0, candidates, out=scratch[: len(candidates)])
+    return torch.maximum(union, covered, out=union).sub_(covered)

@@ -72,32 +72,27 @@ def _dpp_select(
     eps: float,
     backend: str,
 ) -> Tensor:
-    batch = similarity.shape[0]
-    picks = torch.full((batch, width), -1, dtype=torch.int64, device=similarity.device)
-    if not picks.numel():
-        return picks
+    if not similarity.shape[0] * width:
+        return counts.new_empty(similarity.shape[0], width)
     diagonal = similarity.diagonal(dim1=1, dim2=2).float()
-    weight = torch.ones_like(diagonal) if quality is None else quality.float()
+    if quality is not None:
+        quality = quality.float() if mask is None else quality.float().masked_fill(~mask, 0.0)
+        diagonal = quality.square() * diagonal
     if mask is not None:
-        weight = weight.masked_fill(~mask, 0.0)
         diagonal = diagonal.masked_fill(~mask, 0.0)
         counts = torch.minimum(counts, mask.sum(1))
-    diagonal = weight * weight * diagonal
     if similarity.device.type == "cpu":
-        _check_finite(similarity, weight, mask)
+        _check_finite(similarity, quality, mask)
     diagonal = diagonal.nan_to_num(0.0).clamp_min_(0.0)
     floor = eps * diagonal.amax(1)
     if mask is not None:
-        diagonal = diagonal.masked_fill(~mask, -1.0)
+        diagonal.masked_fill_(~mask, -torch.inf)
     if backend == "triton":
-        from . import triton_dpp
-
-        triton_dpp.dpp_select(similarity, weight, diagonal, floor, counts, picks)
-    elif similarity.device.type == "cpu":
-        _select_cpu(similarity, weight, diagonal, floor, counts, picks)
+        from .triton_dpp import dpp_select as select
     else:
-        dpp_reference(similarity, weight, diagonal, floor, counts, picks)
-    return _fill(picks, weight, counts, mask)
+        select = dpp_reference
+    picks = select(similarity, quality, diagonal, floor, counts, width)
+    return _fill(picks, counts, torch.ones_like(diagonal) if quality is None else quality, mask)
 
 
 @_dpp_select.register_fake
@@ -113,64 +108,50 @@ def _(
     return similarity.new_empty(similarity.shape[0], width, dtype=torch.int64)
 
 
-def _check_finite(similarity: Tensor, weight: Tensor, mask: Tensor | None) -> None:
+def _check_finite(similarity: Tensor, quality: Tensor | None, mask: Tensor | None) -> None:
     pairs = similarity if mask is None else similarity.masked_fill(~(mask[:, None] & mask[..., None]), 0.0)
-    if not torch.isfinite(pairs).all() or not torch.isfinite(weight).all():
+    if not torch.isfinite(pairs.sum()) or (quality is not None and not torch.isfinite(quality.sum())):
         raise ValueError("similarity or quality holds NaN or inf in a valid row")
 
 
-def _fill(picks: Tensor, weight: Tensor, counts: Tensor, mask: Tensor | None) -> Tensor:
+def _fill(picks: Tensor, counts: Tensor, quality: Tensor, valid: Tensor | None) -> Tensor:
     """Give the picks that a spanned item left open (-1) to the best rows not yet taken."""
-    batch, n = weight.shape
+    batch, n = quality.shape
     taken = torch.zeros(batch, n + 1, dtype=torch.bool, device=picks.device)
-    taken.scatter_(1, torch.where(picks < 0, n, picks), True)
-    out = taken[:, :n] if mask is None else taken[:, :n] | ~mask
-    best = weight.masked_fill(out, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    taken = taken.scatter_(1, torch.where(picks < 0, n, picks), True)[:, :n]
+    if valid is not None:
+        taken = taken | ~valid
+    best = quality.masked_fill(taken, -torch.inf).argsort(dim=1, descending=True, stable=True)
     done = (picks >= 0).sum(1, keepdim=True)
     step = torch.arange(picks.shape[1], device=picks.device)
-    refill = best.gather(1, (step - done).clamp(0, n - 1))
-    return torch.where((step >= done) & (step < counts[:, None]), refill, picks)
+    rest = best.gather(1, (step - done).clamp(0, n - 1))
+    return torch.where((step >= done) & (step < counts[:, None]), rest, picks)
 
 
 def dpp_reference(
-    similarity: Tensor, weight: Tensor, diagonal: Tensor, floor: Tensor, counts: Tensor, picks: Tensor
-) -> None:
-    """The greedy loop, any device, without a host synchronisation; leaves -1 in `picks` once an item is spanned.
+    similarity: Tensor, quality: Tensor | None, diagonal: Tensor, floor: Tensor, counts: Tensor, width: int
+) -> Tensor:
+    """The greedy loop, any device, without a host synchronisation; -1 from where the picks span the item.
 
-    `gain` holds the Schur complements, `factor` the rows of the Cholesky factor found so far.
+    `gain` holds the Schur complements, -inf for rows that are picked or no tokens, and `factor` the rows of the
+    Cholesky factor found so far. A step reads all of these, which is the whole cost, so this is also the CPU path.
     """
-    items = torch.arange(similarity.shape[0], device=similarity.device)
-    gain, factor = diagonal.clone(), similarity.new_zeros(*picks.shape, similarity.shape[1], dtype=torch.float32)
-    alive = torch.ones_like(counts, dtype=torch.bool)
-    for t in range(picks.shape[1]):
+    batch, n = diagonal.shape
+    items = torch.arange(batch, device=diagonal.device)
+    gain, factor = diagonal.clone(), diagonal.new_empty(batch, width, n)
+    chosen, gains = [], []
+    for t in range(width):
         best, current = gain.max(1)
-        alive = alive & (best > floor) & (t < counts)
-        picks[:, t] = torch.where(alive, current, -1)
-        row = similarity[items, current].float() * weight * weight[items, current, None]
-        known = torch.einsum("bt,btn->bn", factor[items, :t, current], factor[:, :t])
-        factor[:, t] = (row - known).nan_to_num(0.0) / best.clamp_min(1e-30).sqrt()[:, None]
-        gain = torch.where(gain < 0, gain, (gain - factor[:, t].square()).clamp_min(0.0))
-        gain[items, current] = -1.0
-
-
-def _select_cpu(
-    similarity: Tensor, weight: Tensor, diagonal: Tensor, floor: Tensor, counts: Tensor, picks: Tensor
-) -> None:
-    """The same, item by item and in place."""
-    factor = similarity.new_empty(picks.shape[1], similarity.shape[1], dtype=torch.float32)
-    for item, out in enumerate(picks):
-        gain, w, table, least = diagonal[item].clone(), weight[item], similarity[item], float(floor[item])
-        barred = gain < 0
-        for t in range(int(counts[item])):
-            current = int(gain.argmax())
-            best = float(gain[current])
-            if best <= least:
-                break
-            out[t] = current
-            row = torch.mul(table[current], w * w[current], out=factor[t])
-            if t:
-                row.addmv_(factor[:t].T, factor[:t, current].contiguous(), alpha=-1.0)
-            row /= best**0.5
-            gain.addcmul_(row, row, value=-1.0).clamp_min_(0.0)
-            barred[current] = True
-            gain.masked_fill_(barred, -1.0)
+        chosen.append(current)
+        gains.append(best)
+        row = similarity[items, current].float()
+        if quality is not None:
+            row *= quality * quality[items, current, None]
+        if t:
+            row -= torch.bmm(factor[items, None, :t, current], factor[:, :t])[:, 0]
+        row.mul_(best.clamp_min(1e-30).rsqrt_()[:, None]).nan_to_num_(0.0)
+        factor[:, t] = row
+        gain.addcmul_(row, row, value=-1.0).scatter_(1, current[:, None], -torch.inf)
+    step = torch.arange(width, device=diagonal.device)
+    alive = (torch.stack(gains, 1) > floor[:, None]) & (step < counts[:, None])
+    return torch.where(alive.cumprod(1).bool(), torch.stack(chosen, 1), -1)

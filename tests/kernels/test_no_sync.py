@@ -25,8 +25,8 @@ def test_references_read_no_value_back():
     columns = module("coverage").stack_columns(square, None, 0.5, mask)
     assert module("coverage").coverage_reference(columns, counts, picks, mask).shape == (2, 3)
     weight = torch.rand(2, 9, device="meta")
-    module("dpp").dpp_reference(square, weight, weight, counts.float(), counts, picks)
-    assert module("dpp")._fill(picks, weight, counts, mask).shape == (2, 3)
+    chosen = module("dpp").dpp_reference(square, weight, weight, counts.float(), counts, 3)
+    assert module("dpp")._fill(chosen, counts, weight, mask).shape == (2, 3)
     q = x[:, None]
     module("attention").attention_reference(q, q, mask, mask, None, 1.0, False, False)
     plan = kernels.merge_plan(kernels.bipartite_match(x, 2, mask=mask, backend="torch"), 9, 7, mask=mask)
