@@ -145,8 +145,53 @@ class Item:
         return self.start + (self.length if self.columns is None else self.span)
 
 
+SIGNALS: dict[str, str] = {
+    # From the vision encoder. Where several patches make one token, the mean over them; 0 for tokens of no patch.
+    "encoder_features": "[I, N, C]: features that the projector takes",
+    "projector_inputs": "[I, N, C']: the same as the projector takes them, several patches of a token side by side",
+    "cls_features": "[I, P, C]: CLS row of each of the item's P pictures, in the layer of `encoder_features`",
+    "cls_attention": "fp32 [I, N]: attention of the picture's CLS token to it, mean over heads, in the encoder layer "
+    "that makes the features",
+    "cls_attention_last": "the same in the encoder's last layer",
+    "cls_logits_last": "the same in the encoder's last layer, before the softmax",
+    "received_attention": "fp32 [I, N]: attention received from the patches that see it, mean over these and heads, "
+    "softmax over all they see, in the encoder layer that makes the features",
+    "received_attention_last": "the same in the encoder's last layer",
+    "encoder_keys": "[I, N, d]: keys, mean over heads, in the encoder layer that makes the features, before RoPE",
+    "cls_keys": "[I, P, d]: the same of the CLS rows",
+    # From the prompt.
+    "instruction": "[I, M, D]: input embeddings of the words of the question, zero rows behind the last",
+    "instruction_mask": "bool [I, M]",
+    "prompt_features": "[I, N0, D]: `features` at the boundary of all the item's original tokens",
+    "text_features": "[I, T, D]: input embeddings of the text behind the item, to the end of the prompt",
+    "text_mask": "bool [I, T]: which of these rows are real",
+    # From the decoder. "next_" computes what the layer behind the stage would attend to, and works at the boundary too.
+    "last_attention": "fp32 [I, N]: attention of the row's last token to it in the layer before, mean over heads",
+    "next_last_attention": "the same in the layer behind the stage",
+    "text_attention": "fp32 [I, T, N]: attention of each text token behind the item (rows of `text_mask`) in the layer "
+    "before, mean over heads, softmax over all keys",
+    "next_text_attention": "the same in the layer behind the stage",
+    "visual_attention": "fp32 [I, N]: sum over the item's own tokens of their attention to it, mean over heads, softmax "
+    "over all keys, in the layer before",
+    "next_visual_attention": "the same in the layer behind the stage",
+    "next_keys": "[I, N, d]: keys, mean over heads, rotated, in the layer behind the stage",
+    "transition": "fp32 [I, N]: how much attention and MLP changed it, summed over the layers from "
+    "`Pruner.accumulate(depth)` to the stage (TransPrune's TTV)",
+    "activation_overlap": "fp32 [I, N]: FFN neurons that are positive for both it and the last word of the question, "
+    "in the layer before",
+}
+"""What a pruner can name in `needs` and ask `VisualTokens.signal` for, with shapes.
+
+I items, N their remaining tokens (padded like `features`, with zeros), all on the features' device.
+"""
+
+
 def _no_signal(name: str) -> Tensor:
     raise KeyError(f"the signal {name!r} was not asked for: name it in the pruner's `needs`")
+
+
+def _no_projector(rows: Tensor) -> Tensor:
+    raise KeyError('projecting was not asked for: name "projector_inputs" in the pruner\'s `needs`')
 
 
 @dataclass
@@ -161,9 +206,9 @@ class VisualTokens:
         shapes: one `Geometry` per item, of all its original tokens.
         layer: decoder layer before which the choice is made; 0 is the boundary.
         depth: decoder layers of the model.
-        signal: gives a further signal by name; those that the pruner `needs`, computed when asked for:
-            "last_attention", fp32 [I, N]: attention that the last token of the row paid to each in the decoder layer
-            before, mean over heads (not at the boundary).
+        signal: gives a further signal by name (see `SIGNALS`): those that the pruner `needs`, computed when asked for.
+        project: the model's projector, from rows like `projector_inputs` [..., C'] to rows like `features` [..., D]
+            (with "projector_inputs" in `needs`).
     """
 
     features: Tensor
@@ -173,6 +218,7 @@ class VisualTokens:
     layer: int = 0
     depth: int = 1
     signal: Callable[[str], Tensor] = field(default=_no_signal, repr=False)
+    project: Callable[[Tensor], Tensor] = field(default=_no_projector, repr=False)
 
     @cached_property
     def geometry(self) -> tuple[Geometry, ...]:
@@ -197,10 +243,12 @@ class Selection:
         index: int64 [I, K], kept tokens of each item in any order, -1 after an item's last.
         features: [I, K, D] rows to put in their place, or None to leave the tokens as they are. A merging pruner
             gives the merged row at the index of the token that stands for its group.
+        merged: bool [I, K], which rows of `features` stand for several tokens; None: all.
     """
 
     index: Tensor
     features: Tensor | None = None
+    merged: Tensor | None = None
 
 
 @dataclass(kw_only=True)
@@ -211,7 +259,10 @@ class Pruner(ABC):
         name: the name it is registered under.
         paper: where it was published.
         stage: where it acts, for people ("boundary", "decoder", ...).
-        needs: signals beyond `features` without which it cannot run.
+        needs: signals (names of `SIGNALS`) beyond `features` without which it cannot run. A method whose needs depend
+            on its fields overrides it with a property.
+        query_aware: whether the question has a say.
+        trained: whether it comes with weights of its own that must be trained.
     """
 
     keep: Keep = 1.0
@@ -221,6 +272,8 @@ class Pruner(ABC):
     paper: ClassVar[str] = ""
     stage: ClassVar[str] = "boundary"
     needs: ClassVar[frozenset[str]] = frozenset()
+    query_aware: ClassVar[bool] = False
+    trained: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
@@ -231,13 +284,21 @@ class Pruner(ABC):
         """Decoder layers, of `depth`, before which it chooses, ascending; 0 is the boundary."""
         return (0,)
 
-    def budget(self, counts: Sequence[int], layer: int = 0, depth: int = 1) -> list[int]:
-        """Tokens that items which came with `counts` tokens have left behind the stage before `layer`, of `depth`."""
+    def budget(self, counts: Sequence[int], layer: int = 0, depth: int = 1) -> Sequence[int | None]:
+        """Tokens that items which came with `counts` tokens have left behind the stage before `layer`, of `depth`.
+
+        None for an item of which only `select` can tell (adaptive methods; that costs a synchronisation on a GPU).
+        """
         return [budget(count, self.keep) for count in counts]
+
+    def accumulate(self, depth: int) -> tuple[int, ...]:
+        """Decoder layers, of `depth`, over which the signal "transition" is summed."""
+        return ()
 
     @abstractmethod
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
         """Choose `budget` (int64 [I], on the CPU) tokens of each item; indices count within `tokens`.
 
-        Called at each of `layers`, with the items that are to lose some of their tokens there but not all.
+        Called at each of `layers`, with the items that are to lose some of their tokens there but not all. An item
+        whose budget is None comes with all its tokens as budget, and keeps those given, however few.
         """
