@@ -13,7 +13,7 @@ from test_laws import model_of
 
 import vlmprune
 from vlmprune.kernels import attention_scores
-from vlmprune.pruners.fastv import top_indices
+from vlmprune.pruners._top import top_indices
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("fastv_select_*.npz"))
 

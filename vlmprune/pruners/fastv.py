@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from vlmprune.contract import Keep, Positions, Pruner, Selection, VisualTokens
+from vlmprune.pruners._top import top_indices
 from vlmprune.registry import register_pruner
 
 
@@ -64,10 +64,3 @@ class FastV(Pruner):
 
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
         return Selection(top_indices(tokens.signal("last_attention").masked_fill(~tokens.valid, -1), budget))
-
-
-def top_indices(scores: Tensor, budget: Tensor) -> Tensor:
-    """int64 [I, K]: of scores [I, N], the `budget` [I] largest of each row, lowest index first in a tie, then -1."""
-    index = scores.sort(dim=1, descending=True, stable=True).indices[:, : int(budget.max())]
-    place = torch.arange(index.shape[1], device=index.device)
-    return index.masked_fill(place >= budget.to(index.device, non_blocking=True)[:, None], -1)
