@@ -8,6 +8,15 @@ from torch import Tensor
 from vlmprune.contract import Geometry
 
 
+def shares(sizes: Tensor, total: int) -> Tensor:
+    """Split `total`, at most their sum, over `sizes` (int64 [G]) in proportion: largest remainders, then the first."""
+    whole = max(int(sizes.sum()), 1)
+    floors = sizes * total // whole
+    largest = (sizes * total - floors * whole).sort(descending=True, stable=True).indices
+    floors[largest[: total - int(floors.sum())]] += 1
+    return floors
+
+
 def cell_of(geometry: Geometry, keep: int) -> Tensor:
     """Divide an item's N tokens into `keep` rectangular cells as even and as square as the grid allows.
 
@@ -20,13 +29,9 @@ def cell_of(geometry: Geometry, keep: int) -> Tensor:
     cell = torch.full((len(geometry),), -1)
     placed = ~geometry.placeless
     sizes = torch.bincount(geometry.plane[placed], minlength=len(geometry.grids))
-    total = int(sizes.sum())
-    places = min(keep, total)
-    shares = sizes * places // max(total, 1)
-    largest = (sizes * places - shares * total).sort(descending=True, stable=True).indices
-    shares[largest[: places - int(shares.sum())]] += 1
+    places = min(keep, int(sizes.sum()))
     first = 0
-    for plane, ((rows, cols), share) in enumerate(zip(geometry.grids, shares.tolist())):
+    for plane, ((rows, cols), share) in enumerate(zip(geometry.grids, shares(sizes, places).tolist())):
         if not share:
             continue
         here = placed & (geometry.plane == plane)
