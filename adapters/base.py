@@ -6,7 +6,7 @@ import functools
 import inspect
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import MethodType
 from typing import Any, ClassVar
 
@@ -14,7 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from vlmprune.adapters.tower import FROM_PROJECTOR, NEEDS_CLS, SIGNALS, Tower
 from vlmprune.contract import Geometry, Item
+
+DECODER_SIGNALS = frozenset(
+    {
+        *("instruction", "instruction_mask", "prompt_features", "text_features", "text_mask"),
+        *("last_attention", "next_last_attention", "text_attention", "next_text_attention"),
+        *("visual_attention", "next_visual_attention", "next_keys", "transition", "activation_overlap"),
+    }
+)
 
 
 class Adapter(ABC):
@@ -24,14 +33,14 @@ class Adapter(ABC):
         family: the name people use.
         model_types: values of `config.model_type` that it serves.
         modalities: "image", "video": what has a `get_*_features` method and a placeholder `config.*_token_id`.
-        signals: what pruners may ask for besides `features`.
+        group: patches that lie side by side in a row that the projector takes.
         positions: position policies that make sense for the family.
     """
 
     family: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]
     modalities: ClassVar[tuple[str, ...]] = ("image",)
-    signals: ClassVar[frozenset[str]] = frozenset({"last_attention"})
+    group: ClassVar[int] = 1
     positions: ClassVar[frozenset[str]] = frozenset({"original", "compact"})
 
     def __init__(self, model: nn.Module) -> None:
@@ -40,8 +49,9 @@ class Adapter(ABC):
         self.core: nn.Module = model if hasattr(model, "language_model") else model.model  # type: ignore[assignment]
         self.language_model: nn.Module = self.core.language_model  # type: ignore[assignment]
         self.config: Any = model.config
-        self._encoded = WeakTensorKeyDictionary()  # features of one item, or of several that look alike -> Geometry
-        self._alike: dict[tuple[str, int], Geometry] = {}  # (modality, tokens) -> Geometry, where items look alike
+        self._encoded = WeakTensorKeyDictionary()  # features of one item -> (its geometry, its number)
+        self._alike: dict[str, tuple[Tensor, Geometry]] = {}  # features of items that look alike, in one tensor
+        self._geometries: dict[str, list[Geometry]] = {}  # of what was encoded last
         self.check()
 
     def check(self) -> None:  # noqa: B027  most families serve all their models
@@ -54,6 +64,51 @@ class Adapter(ABC):
     @property
     def decoder_layers(self) -> Sequence[nn.Module]:
         return self.language_model.layers  # type: ignore[return-value]
+
+    @functools.cached_property
+    @abstractmethod
+    def tower(self) -> Tower:
+        """The vision tower, as signals are read from it."""
+
+    @property
+    def signals(self) -> frozenset[str]:
+        """What pruners may ask for besides `features`: names of `vlmprune.contract.SIGNALS`."""
+        encoder = SIGNALS - (frozenset() if self.tower.prefix else NEEDS_CLS)
+        dense = all(hasattr(layer.mlp, "down_proj") for layer in self.decoder_layers)
+        return encoder | DECODER_SIGNALS - (frozenset() if dense else {"activation_overlap"})
+
+    def project(self, rows: Tensor) -> Tensor:
+        """The projector, from rows as it takes them [..., C] to rows of the language model [..., D]."""
+        return self.tower.projector(rows)
+
+    def encoded(self, signal: str, item: Item) -> Tensor:
+        """An encoder signal for all the item's original tokens: [N, ...], or [P, ...] for one row a picture."""
+        kind = item.geometry.kind if item.geometry.kind in self.modalities else self.modalities[0]
+        before, geometry = self._geometries[kind][: item.number], item.geometry
+        table = self.tower.read(kind, "projector_inputs" if signal in FROM_PROJECTOR else signal)
+        if signal in ("cls_features", "cls_keys"):
+            first = sum(len(each.pictures) for each in before)
+            return table[first : first + len(geometry.pictures)]
+        patches = [sum(rows * cols for rows, cols in each.pictures) for each in before]
+        assert geometry.sources is not None
+        if signal in FROM_PROJECTOR and self.takes_tokens(geometry):
+            index = torch.arange(len(geometry))[:, None] + sum(len(each) for each in before)
+        elif signal in FROM_PROJECTOR:
+            index = geometry.sources[:, :1] + sum(patches)
+        else:
+            index = geometry.sources + sum(patches)
+        missing = (index < 0) | (geometry.placeless[:, None] & (index.shape[1] >= 1))
+        index, missing = (part.to(table.device, non_blocking=True) for part in (index.clamp(min=0), missing))
+        rows = table[index]
+        rows = rows.masked_fill(missing.view(*missing.shape, *[1] * (rows.ndim - 2)), 0)
+        rows = rows[:, 0] if rows.shape[1] == 1 else rows.float().mean(1)
+        if signal == "encoder_features" and self.group > 1:
+            rows = rows.unflatten(-1, (self.group, -1)).mean(-2)
+        return rows
+
+    def takes_tokens(self, geometry: Geometry) -> bool:
+        """Whether the projector takes a row for each of an item's visual tokens, or one for each patch."""
+        return True
 
     @property
     def earliest_stage(self) -> int:
@@ -116,22 +171,30 @@ class Adapter(ABC):
         """
         items: list[Item] = []
         for modality in self.modalities:
-            if geometries := self.brought(modality, call):
+            if brought := self.brought(modality, call):
                 mask = self.placeholders(call, getattr(self.config, f"{modality}_token_id"))
-                items += split_items(mask, geometries)
+                items += split_items(mask, brought)
         return sorted(items, key=lambda item: (item.sample, item.start))
 
-    def brought(self, modality: str, call: dict[str, Any]) -> list[Geometry]:
-        """Geometry of each image (or video) of a call of `core`, brought as pixels or as encoded features."""
+    def brought(self, modality: str, call: dict[str, Any]) -> list[tuple[Geometry, int]]:
+        """Geometry and number of each image (or video) of a call of `core`, brought as pixels or as encoded features.
+
+        The number says which of those encoded last it is.
+        """
         output = (call.get("mm_encoder_outputs") or {}).get(modality)
         if output is None:
-            return self.geometries(modality, call)
-        rows = output.pooler_output
-        if isinstance(rows, Tensor):
-            alike = self._encoded.get(rows) or self._alike.get((modality, rows.shape[1]))
-            found = [alike] * len(rows)
-        else:
-            found = [self._encoded.get(each) for each in rows]
+            return [(geometry, number) for number, geometry in enumerate(self.geometries(modality, call))]
+        alike = self._alike.get(modality)
+        if alike is not None and output.pooler_output is alike[0]:
+            return [(alike[1], number) for number in range(len(alike[0]))]
+        found = []
+        for each in output.pooler_output:
+            known = self._encoded.get(each)
+            if known is None and alike is not None and each.shape[-2:] == alike[0].shape[-2:]:
+                # A copy that beam search made: only one of several pictures has to be looked for.
+                same = (alike[0] == each).flatten(1).all(1).nonzero() if len(alike[0]) > 1 else ()
+                known = (alike[1], int(same[0]) if len(same) else 0)
+            found.append(known)
         if None in found:
             raise ValueError(
                 f"these {modality} features were encoded before the session began, or were cut since "
@@ -139,33 +202,38 @@ class Adapter(ABC):
             )
         return found  # type: ignore[return-value]
 
-    def watch(self) -> Watch:
-        """Remember the geometry of what is encoded from now on, until the result is removed.
+    def watch(self, signals: Iterable[str] = ()) -> list[Any]:
+        """Handles (with `remove()`) of what remembers encoded pictures: their geometry, and what the signals need.
 
         generate() encodes first and then calls `core` without pixels, sizes and grids.
         """
-        if "mm_encoder_outputs" not in inspect.signature(type(self.core).forward).parameters:
-            return Watch(self.core, {})
         methods = {f"get_{modality}_features": self._watched(modality) for modality in self.modalities}
-        return Watch(self.core, methods)
+        return [Watch(self.core, methods), *self.tower.watch(signals)]
 
     def _watched(self, modality: str) -> MethodType:
         plain = getattr(self.core, f"get_{modality}_features").__func__
 
         @functools.wraps(plain)
         def encode(core: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            self.tower.begin(modality)
             output = plain(core, *args, **kwargs)
             rows = getattr(output, "pooler_output", None)
             call = inspect.signature(plain).bind(core, *args, **kwargs).arguments
             geometries = self.geometries(modality, {**call, **call.pop("kwargs", {})})
+            self._geometries[modality] = geometries
             if isinstance(rows, Tensor):
-                self._encoded[rows] = self._alike[modality, rows.shape[1]] = geometries[0]
+                self._alike[modality] = (rows, geometries[0])
             elif rows is not None:
-                for each, geometry in zip(rows, geometries, strict=True):
-                    self._encoded[each] = geometry
+                for number, (each, geometry) in enumerate(zip(rows, geometries, strict=True)):
+                    self._encoded[each] = (geometry, number)
             return output
 
         return MethodType(encode, self.core)
+
+    def forget(self) -> None:
+        """Let go of what the last encoding left behind."""
+        self._alike.clear()
+        self.tower.seen.clear()
 
     def placeholders(self, call: dict[str, Any], token_id: int) -> Tensor:
         """bool [B, S] on the CPU: columns that hold the placeholder `token_id`."""
@@ -194,32 +262,32 @@ class Watch:
         self.before = {}
 
 
-def split_items(mask: Tensor, geometries: Sequence[Geometry]) -> list[Item]:
-    """Cut the placeholder columns (bool [B, S], on the CPU) into items of these geometries, in prompt order.
+def split_items(mask: Tensor, brought: Sequence[tuple[Geometry, int]]) -> list[Item]:
+    """Cut the placeholder columns (bool [B, S], on the CPU) into items of these geometries and numbers, in order.
 
     Raises:
         ValueError: the columns do not divide into these items.
     """
     items: list[Item] = []
-    queue = iter(geometries)
+    queue = iter(brought)
     for sample, row in enumerate(mask):
         columns = row.nonzero().flatten()
         at = 0
         while at < len(columns):
-            geometry = next(queue, None)
+            geometry, number = next(queue, (None, 0))
             if geometry is None or at + len(geometry) > len(columns):
                 raise ValueError(
                     f"row {sample} has {len(columns)} visual placeholders, which its images' token counts do not divide"
                 )
-            items.append(item_at(sample, columns[at : at + len(geometry)], geometry))
+            items.append(item_at(sample, columns[at : at + len(geometry)], geometry, number))
             at += len(geometry)
     if next(queue, None) is not None:
         raise ValueError("the call brings more images than the prompt has placeholders for")
     return items
 
 
-def item_at(sample: int, columns: Tensor, geometry: Geometry) -> Item:
+def item_at(sample: int, columns: Tensor, geometry: Geometry, number: int) -> Item:
     """The item whose tokens stand in these columns (int64 [N], ascending)."""
     start, length = int(columns[0]), len(columns)
     span = int(columns[-1]) - start + 1
-    return Item(sample, start, length, geometry, None if span == length else columns, span)
+    return Item(sample, start, length, geometry, None if span == length else columns, span, number)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from vlmprune.adapters.base import Adapter
+from vlmprune.adapters.tower import Tower
 from vlmprune.contract import Geometry
 
 TOWERS = ("clip_vision_model", "siglip_vision_model")
@@ -32,3 +34,18 @@ class LlavaAdapter(Adapter):
         prefix = int(vision.model_type == "clip_vision_model")
         geometry = Geometry.grid(height // vision.patch_size, width // vision.patch_size, prefix=prefix)
         return [geometry.after(1) if strategy == "default" else geometry] * len(pixels)
+
+    @functools.cached_property
+    def tower(self) -> Tower:
+        module: Any = self.core.vision_tower
+        layers = getattr(module, "vision_model", module).encoder.layers
+        feature_layer = self.config.vision_feature_layer
+        last = feature_layer if isinstance(feature_layer, int) else feature_layer[-1]
+        return Tower(
+            self.core.multi_modal_projector,  # type: ignore[arg-type]
+            layers,
+            [layer.self_attn for layer in layers],
+            # Hidden state 0 is what enters the first layer.
+            last + len(layers) if last < 0 else last - 1,
+            prefix=int(self.config.vision_config.model_type == "clip_vision_model"),
+        )

@@ -33,6 +33,9 @@ class LlavaNextAdapter(LlavaAdapter):
         sizes = [(int(height), int(width)) for height, width in call["image_sizes"]]
         return [self.packed(size, tiled, call) for size, tiled in zip(sizes, self.tiled(call, len(sizes)))]
 
+    def takes_tokens(self, geometry: Geometry) -> bool:
+        return False
+
     def tiled(self, call: dict[str, Any], count: int) -> list[bool]:
         """Of each image, whether tiles follow its thumbnail."""
         return [True] * count
@@ -61,9 +64,11 @@ class LlavaNextAdapter(LlavaAdapter):
         height = int(breaks.sum())
         cell = torch.arange(len(rows))
         thumbnail = Geometry.grid(side, side)
-        # Where tokens are interpolated between tiles, each belongs to the tile its middle lies in.
+        # Where tokens are interpolated between tiles, each belongs to the patch its middle lies in.
         y, x = (rows + 0.5).long().unbind(1)
         tile = 1 + y // side * across + x // side
+        patch = tile * side * side + y % side * side + x % side
+        assert thumbnail.sources is not None
         return Geometry(
             plane=torch.cat([thumbnail.plane, torch.ones_like(cell)]),
             row=torch.cat([thumbnail.row, cell.div(width + 1, rounding_mode="floor").masked_fill(breaks, -1)]),
@@ -71,4 +76,5 @@ class LlavaNextAdapter(LlavaAdapter):
             grids=((side, side), (height, width)),
             pictures=((side, side),) * pictures,
             tile=torch.cat([thumbnail.plane, tile.masked_fill(breaks, -1)]),
+            sources=torch.cat([thumbnail.sources, patch.masked_fill(breaks, -1)[:, None]]),
         )

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from vlmprune.adapters.llava_next import LlavaNextAdapter
 from vlmprune.contract import Geometry
 
@@ -21,6 +24,24 @@ class LlavaNextVideoAdapter(LlavaNextAdapter):
         pixels = call.get("pixel_values_videos")
         if pixels is None:
             return []
-        side, pooled = self.side, self.side // self.config.spatial_pool_stride
-        video = Geometry.grid(pooled, pooled, planes=pixels.shape[1], kind="video", patches=(side, side))
+        side, stride = self.side, self.config.spatial_pool_stride
+        pooled = side // stride
+        video = Geometry.grid(
+            pooled,
+            pooled,
+            planes=pixels.shape[1],
+            kind="video",
+            patches=(side, side),
+            sources=blocks(pooled, pooled, stride, side),
+        )
         return [video] * len(pixels)
+
+    def takes_tokens(self, geometry: Geometry) -> bool:
+        return geometry.kind == "video"
+
+
+def blocks(rows: int, cols: int, size: int, width: int) -> Tensor:
+    """int64 [rows * cols, size * size]: patches, of a picture `width` patches wide, of each block of size x size."""
+    corner = torch.arange(rows)[:, None] * size * width + torch.arange(cols) * size
+    inside = torch.arange(size)[:, None] * width + torch.arange(size)
+    return corner.flatten()[:, None] + inside.flatten()

@@ -25,7 +25,19 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         if pixels is None:
             return []
         side, pooled = self.side, -(-self.side // 2)
-        video = Geometry.grid(pooled, pooled, planes=pixels.shape[1], suffix=1, kind="video", patches=(side, side))
+        # Pooling interpolates between the two patches next to a token's middle, each way.
+        middle = ((torch.arange(pooled) + 0.5) * side / pooled - 0.5).clamp(0, side - 1)
+        near = torch.stack([middle.floor(), middle.ceil()], dim=1).long()
+        sources = near[:, None, :, None] * side + near[None, :, None, :]
+        video = Geometry.grid(
+            pooled,
+            pooled,
+            planes=pixels.shape[1],
+            suffix=1,
+            kind="video",
+            patches=(side, side),
+            sources=sources.reshape(pooled * pooled, 4),
+        )
         return [video] * len(pixels)
 
     def tiled(self, call: dict[str, Any], count: int) -> list[bool]:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from vlmprune.adapters.base import Adapter
+from vlmprune.adapters.tower import PackedTower, Tower
 from vlmprune.contract import Geometry
 
 
@@ -25,6 +30,27 @@ class Qwen2VLAdapter(Adapter):
             return []
         merge = self.config.vision_config.spatial_merge_size
         return [
-            Geometry.grid(rows // merge, cols // merge, planes=frames, kind=modality, patches=(rows, cols))  # type: ignore[arg-type]
+            Geometry.grid(
+                rows // merge,
+                cols // merge,
+                planes=frames,
+                kind=modality,  # type: ignore[arg-type]
+                patches=(rows, cols),
+                # The tower takes patches block by block.
+                sources=torch.arange(rows * cols).view(-1, self.group),
+            )
             for frames, rows, cols in call[f"{modality}_grid_thw"].tolist()
         ]
+
+    @property
+    def group(self) -> int:  # type: ignore[override]
+        return self.config.vision_config.spatial_merge_size**2
+
+    @functools.cached_property
+    def tower(self) -> Tower:
+        visual: Any = self.core.visual
+        return PackedTower(visual, [block.attn for block in visual.blocks], visual.spatial_merge_size)
+
+    def project(self, rows: Tensor) -> Tensor:
+        patches = rows.reshape(-1, rows.shape[-1] // self.group)
+        return self.tower.projector(patches).view(*rows.shape[:-1], -1)

@@ -62,9 +62,14 @@ def test_unsupported_models() -> None:
 
 def test_missing_signal_is_named_before_any_forward() -> None:
     class Needy(vlmprune.Random):
-        needs = frozenset({"sixth_sense"})
+        needs = frozenset({"cls_attention"})
 
-    with pytest.raises(ValueError, match=r"sixth_sense.*divprune"):
+    with pytest.raises(ValueError, match=r"cls_attention.*LLaVA-1\.5.*divprune"):
+        vlmprune.prune(model_of(FAMILIES["llava-siglip-qwen2"]), Needy(keep=0.5))
+    Needy.needs = frozenset({"cls_attention|received_attention"})
+    vlmprune.prune(model_of(FAMILIES["llava-siglip-qwen2"]), Needy(keep=0.5)).close()
+    Needy.needs = frozenset({"sixth_sense"})
+    with pytest.raises(ValueError, match=r"sixth_sense.*SIGNALS"):
         vlmprune.prune(model_of(LLAVA), Needy(keep=0.5))
 
 

@@ -55,6 +55,8 @@ class Geometry:
         pictures: (rows, columns) of the patches of every picture that passed the vision tower for this item.
         tile: int64 [N], number of the picture that a token came from, where planes are put together from several; -1
             for tokens that came from none. None: every plane is one picture.
+        sources: int64 [N, G], numbers of the patches that a token is made of, counted over all `pictures` as the vision
+            tower takes them; -1 for none.
     """
 
     plane: Tensor
@@ -64,6 +66,7 @@ class Geometry:
     kind: Literal["image", "video"] = "image"
     pictures: tuple[tuple[int, int], ...] = ()
     tile: Tensor | None = None
+    sources: Tensor | None = None
 
     @classmethod
     def grid(
@@ -76,6 +79,7 @@ class Geometry:
         suffix: int = 0,
         kind: Literal["image", "video"] = "image",
         patches: tuple[int, int] | None = None,
+        sources: Tensor | None = None,
     ) -> Geometry:
         """Planes of rows x cols tokens in raster order, one after the other.
 
@@ -83,17 +87,23 @@ class Geometry:
             prefix: tokens without a place before each plane (a CLS token).
             suffix: tokens without a place after the last plane (a line break).
             patches: patch grid of each plane in the vision tower; None: rows x cols.
+            sources: int64 [rows * cols, G], patches of each token of a plane; None: one patch a token.
         """
         cell = torch.arange(-prefix, rows * cols).repeat(planes)
         cell = torch.cat([cell, torch.full((suffix,), -1)])
         each = torch.arange(planes).repeat_interleave(prefix + rows * cols)
+        plane = torch.cat([each, torch.full((suffix,), planes - 1)])
+        of_plane = torch.arange(rows * cols)[:, None] if sources is None else sources
+        patch_rows, patch_cols = patches or (rows, cols)
+        numbers = of_plane[cell.clamp(min=0)] + (plane * patch_rows * patch_cols)[:, None]
         return cls(
-            plane=torch.cat([each, torch.full((suffix,), planes - 1)]),
+            plane=plane,
             row=torch.where(cell < 0, -1, cell // cols),
             col=torch.where(cell < 0, -1, cell % cols),
             grids=((rows, cols),) * planes,
             kind=kind,
-            pictures=(patches or (rows, cols),) * planes,
+            pictures=((patch_rows, patch_cols),) * planes,
+            sources=numbers.masked_fill(cell[:, None] < 0, -1),
         )
 
     def after(self, count: int) -> Geometry:
@@ -103,7 +113,10 @@ class Geometry:
     def take(self, index: Tensor) -> Geometry:
         """The tokens at `index` (int64 [K], on the CPU)."""
         tile = None if self.tile is None else self.tile[index]
-        return replace(self, plane=self.plane[index], row=self.row[index], col=self.col[index], tile=tile)
+        sources = None if self.sources is None else self.sources[index]
+        return replace(
+            self, plane=self.plane[index], row=self.row[index], col=self.col[index], tile=tile, sources=sources
+        )
 
     @property
     def placeless(self) -> Tensor:
@@ -125,6 +138,7 @@ class Item:
         columns: int64 [length], ascending, column of every token, where text stands between them (the time stamps of a
             Qwen3-VL video); None: they follow each other.
         span: columns from `start` to the last token or text between, where `columns` is given.
+        number: which of the images (or videos) encoded for this call it is; for a run of tiles, the first of them.
     """
 
     sample: int
@@ -133,6 +147,7 @@ class Item:
     geometry: Geometry
     columns: Tensor | None = None
     span: int = 0
+    number: int = 0
 
     @property
     def where(self) -> slice | Tensor:
@@ -171,8 +186,8 @@ SIGNALS: dict[str, str] = {
     "text_attention": "fp32 [I, T, N]: attention of each text token behind the item (rows of `text_mask`) in the layer "
     "before, mean over heads, softmax over all keys",
     "next_text_attention": "the same in the layer behind the stage",
-    "visual_attention": "fp32 [I, N]: sum over the item's own tokens of their attention to it, mean over heads, softmax "
-    "over all keys, in the layer before",
+    "visual_attention": "fp32 [I, N]: sum over the item's own tokens of their attention to it, mean over heads, "
+    "softmax over all keys, in the layer before",
     "next_visual_attention": "the same in the layer behind the stage",
     "next_keys": "[I, N, d]: keys, mean over heads, rotated, in the layer behind the stage",
     "transition": "fp32 [I, N]: how much attention and MLP changed it, summed over the layers from "
@@ -182,7 +197,8 @@ SIGNALS: dict[str, str] = {
 }
 """What a pruner can name in `needs` and ask `VisualTokens.signal` for, with shapes.
 
-I items, N their remaining tokens (padded like `features`, with zeros), all on the features' device.
+"one|other" asks for the first of them that the model has; "one?" for one that may be missing, and is None then. N
+their remaining tokens (padded like `features`, with zeros), all on the features' device.
 """
 
 

@@ -13,10 +13,17 @@ from vlmprune.contract import Item, Selection
 
 @dataclass(frozen=True)
 class Kept:
-    """Survivors of one item: int64 [K] ascending, and the rows [K, D] to put in their place (None: as they are)."""
+    """Survivors of one item.
+
+    Attributes:
+        index: int64 [K], ascending.
+        features: [K, D], rows to put in their place; None: as they are.
+        merged: bool [K], which of these rows stand for several tokens; None: all.
+    """
 
     index: Tensor
     features: Tensor | None = None
+    merged: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -123,29 +130,35 @@ def _settle(row: Tensor, item: Item, first: int, choice: Kept | None) -> Item:
     return replace(item, start=first, length=len(survivors), columns=positions, span=len(block))
 
 
-def ascending(selection: Selection, counts: Sequence[int], budget: Tensor) -> Selection:
-    """Sort each item's indices, padding last, and the merged rows along with them.
+def ascending(selection: Selection, counts: Sequence[int], budget: Sequence[int | None]) -> list[Kept]:
+    """What each item keeps, in ascending order, the given rows along with the indices.
+
+    Args:
+        counts: tokens of each item.
+        budget: how many of them were to be kept; None: as many as the selection names (a synchronisation on a GPU).
 
     Raises:
         ValueError: on the CPU, where looking costs nothing: indices that repeat, lie outside the item, or are not as
             many as the budget.
     """
-    index = selection.index
-    index, order = index.masked_fill(index < 0, torch.iinfo(torch.int64).max).sort(dim=1)
-    if index.device.type == "cpu":
-        for row, (count, keep) in enumerate(zip(counts, budget.tolist())):
-            chosen = index[row, :keep]
-            if (
-                len(chosen) < keep
-                or (chosen[1:] == chosen[:-1]).any()
-                or bool((chosen >= count).any())
-                or bool((index[row, keep:] < count).any())
-            ):
-                raise ValueError(
-                    f"the pruner must give {keep} different indices in 0..{count - 1}, got "
-                    f"{selection.index[row].tolist()}"
-                )
-    features = selection.features
-    if features is not None:
-        features = features.gather(1, order[..., None].expand(-1, -1, features.shape[-1]))
-    return Selection(index, features)
+    end = torch.iinfo(torch.int64).max
+    index, order = selection.index.masked_fill(selection.index < 0, end).sort(dim=1)
+    kept = []
+    for row, (count, keep) in enumerate(zip(counts, budget)):
+        wanted = int((index[row] < end).sum()) if keep is None else keep
+        chosen = index[row, :wanted]
+        if index.device.type == "cpu" and (
+            len(chosen) < wanted
+            or (chosen[1:] == chosen[:-1]).any()
+            or bool((chosen >= count).any())
+            or bool((index[row, wanted:] < count).any())
+        ):
+            asked = "" if keep is None else f"{keep} "
+            raise ValueError(
+                f"the pruner must give {asked}different indices in 0..{count - 1}, got {selection.index[row].tolist()}"
+            )
+        place = order[row, :wanted]
+        features = None if selection.features is None else selection.features[row, place]
+        merged = None if selection.merged is None else selection.merged[row, place]
+        kept.append(Kept(chosen, features, merged))
+    return kept

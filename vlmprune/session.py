@@ -18,10 +18,10 @@ from vlmprune.adapters import adapter_for
 from vlmprune.cache import is_pruned, kv_bytes
 from vlmprune.contract import Geometry, Item, Pruner, VisualTokens
 from vlmprune.course import Course, padding_mask
-from vlmprune.kernels import attention_scores
 from vlmprune.plan import Kept, ascending, plan_rows
 from vlmprune.registry import create_pruner
 from vlmprune.report import ItemReport, PruneReport
+from vlmprune.signals import Entering, Signals
 
 _sessions: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Session]] = weakref.WeakKeyDictionary()
 
@@ -47,11 +47,11 @@ def prune(model: nn.Module, pruner: Pruner | str, **fields: Any) -> Session:
     return Session(model, pruner)
 
 
-class _Live:
-    """One item on its way: where its survivors are now, and which of its tokens they are."""
+class Live:
+    """One item on its way: where it was, where its survivors are now, and which of its tokens they are."""
 
     def __init__(self, item: Item, index: Tensor) -> None:
-        self.item, self.index = item, index
+        self.origin, self.item, self.index = item, item, index
         self.geometry: Geometry = item.geometry
         self.merged = torch.zeros_like(index, dtype=torch.bool)
 
@@ -67,15 +67,16 @@ class Session:
     def __init__(self, model: nn.Module, pruner: Pruner) -> None:
         self.model, self.pruner = model, pruner
         self.adapter = adapter = adapter_for(model)
+        depth = len(adapter.decoder_layers)
+        self._stages = tuple(pruner.layers(depth))
+        self._signals = Signals(adapter, pruner.needs, pruner.accumulate(depth), self._stages)
         self._check()
         self._last: PruneReport | None = None
         self._call: dict[str, Any] = {}  # what the call in progress brought, from one hook to the next
         self._course: Course | None = None
-        self._live: list[_Live] = []
-        self._layer_before: tuple[int, Tensor, tuple[Tensor, Tensor], Tensor] | None = None
+        self._live: list[Live] = []
         self._finite: Tensor | None = None
         decoder = adapter.decoder_layers
-        self._stages = tuple(self.pruner.layers(len(decoder)))
         if not self._stages or any(not 0 <= layer < len(decoder) for layer in self._stages):
             raise ValueError(
                 f"{pruner.name} acts before layers {self._stages}, but the language model has {len(decoder)} layers"
@@ -88,7 +89,7 @@ class Session:
         for layer in self._stages:
             pruner.budget([1], layer, len(decoder))  # a budget that the stages cannot reach is an error now
         self._handles: list[Any] = [
-            adapter.watch(),
+            *self._signals.watch(),
             adapter.core.register_forward_pre_hook(self._before_core, with_kwargs=True),
             adapter.language_model.register_forward_pre_hook(self._before_language_model, with_kwargs=True),
             adapter.language_model.register_forward_hook(self._after_language_model, with_kwargs=True),
@@ -111,9 +112,9 @@ class Session:
         held = _sessions.get(adapter.core)
         if held is not None and (other := held()) is not None and other._handles:
             raise ValueError(f"this model already has a session with {other.pruner}: close() that one first.")
-        if missing := pruner.needs - adapter.signals:
+        if missing := self._signals.missing:
             raise ValueError(
-                f"{pruner.name} needs {', '.join(sorted(missing))}, which {adapter.family} does not give: use a method "
+                f"{pruner.name} needs {', '.join(missing)}, which this {adapter.family} does not give: use a method "
                 "that works on the features alone, such as divprune."
             )
         if pruner.positions not in adapter.positions:
@@ -132,7 +133,9 @@ class Session:
         """Detach: the model is exactly as before. Calling it again does nothing."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._call, self._course, self._live, self._layer_before = [], {}, None, [], None
+        self._handles, self._call, self._course, self._live = [], {}, None, []
+        self._signals.clear()
+        self.adapter.forget()
 
     def __enter__(self) -> Session:
         return self
@@ -174,6 +177,9 @@ class Session:
         items = self.adapter.items(arguments)
         cache, mask = arguments.get("past_key_values"), arguments.get("attention_mask")
         self._call = {**self._call, "items": items}
+        if items and self._signals.wanted & {"instruction", "instruction_mask", "activation_overlap"}:
+            ids = arguments.get("input_ids")
+            self._call["ids"] = None if ids is None else ids.cpu()
         if mask is not None and (items or is_pruned(cache)):
             ids = arguments.get("input_ids")
             length = (arguments["inputs_embeds"] if ids is None else ids).shape[1]
@@ -185,7 +191,8 @@ class Session:
     def _before_language_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         items: list[Item] = self._call.get("items", [])
         embeds, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
-        self._course, self._live, self._layer_before = None, [], None
+        self._course, self._live = None, []
+        self._signals.clear()
         if embeds is None:
             return None
         seen = _seen(cache)
@@ -193,10 +200,16 @@ class Session:
             raise ValueError("this cache was pruned inside the decoder: go on with it in a session of such a method")
         mask, shown = self._call.get("mask"), self._call.get("shown")
         course = self._course = Course(module, kwargs, self.pruner.positions, seen, mask, shown)
-        self._live = [_Live(item, torch.arange(item.length, device=embeds.device)) for item in items]
+        self._live = [Live(item, torch.arange(item.length, device=embeds.device)) for item in items]
         if items or not seen:
             self._last = self._new_report(course)
+        if items:
+            self._signals.begin(course, embeds, self._call.get("ids"), items, shown)
         if 0 in self._stages:
+            if items and self._signals.wants_here:
+                positions, _ = course.arguments(0, embeds)
+                rotary = self.adapter.rotary(embeds, positions)
+                self._signals.here = Entering(0, embeds, rotary, course.key_mask(0))
             embeds = self._stage(0, course, embeds)
         if course.columns is None and course.pruned_layer(0) is None:
             return None
@@ -217,6 +230,9 @@ class Session:
         course.cache = kwargs.get("past_key_values")
         before = course.columns
         if number > 0 and number in self._stages and self._live:
+            if self._signals.wants_here:
+                rotary = {**kwargs, **course.layer_kwargs}["position_embeddings"]
+                self._signals.here = Entering(number, hidden, rotary, course.key_mask(number))
             hidden = self._stage(number, course, hidden)
         held = course.pruned_layer(number)
         if course.columns is not before or (held is not None and held.group == number):
@@ -227,8 +243,8 @@ class Session:
                 "position_ids": positions if kwargs.get("position_ids") is not None else None,
             }
         kwargs = {**kwargs, **course.layer_kwargs}
-        if number + 1 in self._stages and self._live and "last_attention" in self.pruner.needs:
-            self._layer_before = (number, hidden, kwargs["position_embeddings"], course.key_mask(number))
+        if number + 1 in self._stages and self._live and self._signals.wants_before:
+            self._signals.before = Entering(number, hidden, kwargs["position_embeddings"], course.key_mask(number))
         if args:
             return (hidden, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": hidden}
@@ -250,7 +266,7 @@ class Session:
                         f"keep={self.pruner.keep} of {count} visual tokens rounds to 0: the whole item is dropped",
                         stacklevel=2,
                     )
-            elif keep < count:
+            elif count and (keep is None or keep < count):
                 chosen.append(i)
         timer = None
         if chosen:
@@ -265,55 +281,38 @@ class Session:
                 shapes=tuple(e.geometry for e in picked),
                 layer=layer,
                 depth=depth,
-                signal=functools.partial(self._signal, picked, course),
+                signal=functools.partial(self._signals.read, live=picked, everything=live, course=course),
+                project=self._signals.project,
             )
             self._check_finite(tokens.features)
-            wanted = torch.tensor([budgets[i] for i in chosen])
+            wanted = [budgets[i] for i in chosen]
+            most = torch.tensor([count if keep is None else keep for count, keep in zip(tokens.counts, wanted)])
             stop = _stopwatch(rows.device)
-            selection = ascending(self.pruner.select(tokens, wanted), tokens.counts, wanted)
+            for i, choice in zip(chosen, ascending(self.pruner.select(tokens, most), tokens.counts, wanted)):
+                whole = len(choice.index) == counts[i] and choice.features is None
+                kept[i] = None if whole else choice
             timer = stop()
-            for row, i in enumerate(chosen):
-                features = None if selection.features is None else selection.features[row, : budgets[i]]
-                kept[i] = Kept(selection.index[row, : budgets[i]], features)
         if any(choice is not None for choice in kept):
             plan = plan_rows([each.item for each in live], kept, course.host_shown(), rows.device)
             rows = plan.apply(rows)
             course.cut(plan, layer)
+            self._signals.cut(plan.gather)
             for each, choice, moved in zip(live, kept, plan.items):
-                index = each.index if choice is None else each.index[choice.index]
-                each.merged = each.merged[choice.index] if choice is not None else each.merged
-                if choice is not None and choice.features is not None:
-                    each.merged = torch.ones_like(each.merged)
-                each.index, each.item = index, moved
-        self._layer_before = None
+                if choice is not None:
+                    merged = each.merged[choice.index]
+                    if choice.features is not None:
+                        merged = torch.ones_like(merged) if choice.merged is None else merged | choice.merged
+                    each.index, each.merged = each.index[choice.index], merged
+                each.item = moved
+        self._signals.before = self._signals.here = None
         if self._last is not None and live:
             self._last.record(layer, [(each.index, each.merged) for each in live], course, timer)
         return rows
 
-    def _signal(self, live: list[_Live], course: Course, name: str) -> Tensor:
-        if name not in self.pruner.needs or name != "last_attention":
-            raise KeyError(f"the signal {name!r} was not asked for: name it in the pruner's `needs`")
-        if self._layer_before is None:
-            raise ValueError(f"{self.pruner.name} needs attention, which there is none of before the first layer")
-        number, hidden, (cos, sin), held = self._layer_before
-        shown = course.host_shown()
-        last = torch.where(shown, torch.arange(shown.shape[1]), -1).amax(dim=1).to(hidden.device)
-        row = torch.arange(len(hidden), device=hidden.device)
-        cos, sin = (part.expand(len(hidden), -1, -1) for part in (cos, sin))
-        layer = self.adapter.decoder_layers[number]
-        keys = None if course.cache is None else course.cache.layers[number].keys[:, :, : held.shape[1]]
-        if keys is None or keys.shape[2] < held.shape[1]:  # no cache, or a sliding window that forgets
-            if held.shape[1] > hidden.shape[1]:
-                raise ValueError("the sliding window has dropped keys of earlier turns: start a new conversation")
-            _, keys = self.adapter.queries_and_keys(layer, hidden, (cos, sin))
-        query, _ = self.adapter.queries_and_keys(
-            layer, hidden[row, last][:, None], (cos[row, last][:, None], sin[row, last][:, None])
-        )
-        scores = attention_scores(query, keys.to(query.device), mask=held, reduce="rows")[:, 0, -hidden.shape[1] :]
-        return pad_sequence([scores[e.item.sample, e.item.where] for e in live], batch_first=True)
-
     def _after_language_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        self._layer_before = None
+        if self._live:
+            self._signals.clear()
+            self.adapter.forget()
         cache = kwargs.get("past_key_values") or getattr(output, "past_key_values", None)
         if self._last is not None and not self._last.kv_bytes and cache is not None:
             self._last.kv_bytes = kv_bytes(cache)

@@ -42,11 +42,19 @@ class Compose(Pruner):
             raise ValueError(f"composed pruners must act one behind the other, but their stages are {list(stages)}")
         return stages
 
-    def budget(self, counts: Sequence[int], layer: int = 0, depth: int = 1) -> list[int]:
+    def budget(self, counts: Sequence[int], layer: int = 0, depth: int = 1) -> Sequence[int | None]:
         owner = self._owner(layer, depth)
         for pruner in self.pruners[: self.pruners.index(owner)]:
-            counts = pruner.budget(counts, pruner.layers(depth)[-1], depth)
+            left = pruner.budget(counts, pruner.layers(depth)[-1], depth)
+            if None in left:
+                raise ValueError(
+                    f"{pruner.name} keeps what each image needs, so that nothing can be composed behind it: put it last"
+                )
+            counts = [count for count in left if count is not None]
         return owner.budget(counts, layer, depth)
+
+    def accumulate(self, depth: int) -> tuple[int, ...]:
+        return tuple(sorted({layer for pruner in self.pruners for layer in pruner.accumulate(depth)}))
 
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
         return self._owner(tokens.layer, tokens.depth).select(tokens, budget)

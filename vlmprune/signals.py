@@ -1,0 +1,372 @@
+"""What pruners ask for beyond the features, computed when asked: attention rows, text, keys, changes on the way."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+from torch.nn.utils.rnn import pad_sequence
+
+from vlmprune.adapters import Adapter
+from vlmprune.contract import SIGNALS, Item
+from vlmprune.course import Course
+from vlmprune.kernels import attention_scores
+
+if TYPE_CHECKING:
+    from vlmprune.session import Live
+
+
+class Entering(NamedTuple):
+    """What enters a decoder layer: hidden states [B, P, D], (cos, sin), and which keys a row's last token will see."""
+
+    layer: int
+    hidden: Tensor
+    rotary: tuple[Tensor, Tensor]
+    held: Tensor
+
+
+def resolve(needs: frozenset[str], given: frozenset[str]) -> tuple[dict[str, str | None], list[str]]:
+    """Of each entry of `needs`, which signal answers it (None: an optional one that is missing); and what is missing.
+
+    Raises:
+        ValueError: a name that is no signal.
+    """
+    answers: dict[str, str | None] = {}
+    missing = []
+    for need in sorted(needs):
+        names = need.rstrip("?").split("|")
+        for name in names:
+            if name not in SIGNALS:
+                raise ValueError(f"{name!r} is not a signal: vlmprune.contract.SIGNALS lists them.")
+        answers[need] = next((name for name in names if name in given), None)
+        if answers[need] is None and not need.endswith("?"):
+            missing.append(" or ".join(names))
+    return answers, missing
+
+
+class Signals:
+    """The signals of one session.
+
+    Args:
+        needs: the pruner's.
+        accumulate: decoder layers over which "transition" is summed.
+        stages: decoder layers before which the pruner chooses.
+    """
+
+    def __init__(
+        self, adapter: Adapter, needs: frozenset[str], accumulate: Sequence[int], stages: Sequence[int]
+    ) -> None:
+        self.adapter = adapter
+        self.answers, self.missing = resolve(needs, adapter.signals)
+        self.wanted = frozenset(name for name in self.answers.values() if name)
+        self._accumulate, self._stages = accumulate, stages
+        self.course: Course | None = None
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the call."""
+        self.ids: Tensor | None = None  # [B, S] on the CPU
+        self.embeds: Tensor | None = None
+        self.before: Entering | None = None
+        self.here: Entering | None = None
+        self._changes: Tensor | None = None
+        self._overlap: Tensor | None = None
+        self.course = None
+        self.all_items: Sequence[Item] = ()
+        self.all_shown: Tensor | None = None
+
+    def begin(
+        self, course: Course, embeds: Tensor, ids: Tensor | None, items: Sequence[Item], shown: Tensor | None
+    ) -> None:
+        """A prompt with images enters the language model.
+
+        Args:
+            embeds: [B, S, D], its input.
+            ids: int64 [B, S], on the CPU.
+            items: where they are in it.
+            shown: bool [B, S], on the CPU, False for padding.
+        """
+        self.course, self.ids, self.all_items, self.all_shown = course, ids, items, shown
+        if self.wanted & {"instruction", "prompt_features", "text_features"}:
+            self.embeds = embeds
+
+    @property
+    def wants_before(self) -> bool:
+        return bool(self.wanted & {"last_attention", "text_attention", "visual_attention"})
+
+    @property
+    def wants_here(self) -> bool:
+        return any(name.startswith("next_") for name in self.wanted)
+
+    def watch(self) -> list[Any]:
+        """Put on the hooks that the signals need; handles to remove them."""
+        handles = self.adapter.watch(self.wanted)
+        layers: Sequence[Any] = self.adapter.decoder_layers
+        if "transition" in self.wanted:
+            for number in self._accumulate:
+                for block in (layers[number].self_attn, layers[number].mlp):
+                    handles.append(block.register_forward_hook(self._after_block, with_kwargs=True))
+        if "activation_overlap" in self.wanted:
+            for stage in self._stages:
+                if stage:
+                    down = layers[stage - 1].mlp.down_proj
+                    handles.append(down.register_forward_pre_hook(self._before_down))
+        return handles
+
+    def cut(self, gather: Any) -> None:
+        """Follow a cut of the sequence."""
+        if self._changes is not None:
+            self._changes = gather(self._changes)
+        self.before = self.here = self._overlap = None
+
+    def _after_block(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """TransPrune (arXiv 2507.20630): (|y| / |x|) softmax over the sequence of 1 - cos(x, y)."""
+        if self.course is None:
+            return
+        x = (args[0] if args else kwargs["hidden_states"]).float()
+        y = (output[0] if isinstance(output, tuple) else output).float()
+        turn = 1 - cosine_similarity(x, y, dim=-1)
+        shown = self.course.host_shown().to(x.device, non_blocking=True)
+        weight = turn.masked_fill(~shown, -torch.inf).softmax(dim=1)
+        change = y.norm(dim=-1) / x.norm(dim=-1).clamp(min=1e-12) * weight
+        self._changes = change if self._changes is None else self._changes + change
+
+    def _before_down(self, module: nn.Module, args: Any) -> None:
+        if self.course is None:
+            return
+        active = (args[0] > 0).float()
+        last = self._place(self.course, self._last_words(self.course))
+        self._overlap = (active @ active[torch.arange(len(active), device=active.device), last][..., None])[..., 0]
+
+    def read(self, need: str, live: Sequence[Live], everything: Sequence[Live], course: Course) -> Tensor | None:
+        """A signal for the items `live`, out of `everything` in the sequence."""
+        if need not in self.answers:
+            raise KeyError(f"the signal {need!r} was not asked for: name it in the pruner's `needs`")
+        name = self.answers[need]
+        if name is None:
+            return None
+        if name in _MADE:
+            return _MADE[name](self, live, everything, course)
+        per_picture = name in ("cls_features", "cls_keys")
+        tables = [self.adapter.encoded(name, each.origin) for each in live]
+        if not per_picture:
+            tables = [table[each.index] for table, each in zip(tables, live)]
+        return pad_sequence(tables, batch_first=True)
+
+    def project(self, rows: Tensor) -> Tensor:
+        """The model's projector."""
+        if "projector_inputs" not in self.wanted:
+            raise KeyError('projecting was not asked for: name "projector_inputs" in the pruner\'s `needs`')
+        return self.adapter.project(rows)
+
+    # Text.
+
+    def _text_columns(self, live: Sequence[Live], everything: Sequence[Live], course: Course) -> list[Tensor]:
+        """Per item, positions (int64, on the CPU) of the text behind it in the sequence as it is now."""
+        shown = course.host_shown()
+        out = []
+        for each in live:
+            row = shown[each.item.sample].clone()
+            row[: each.item.stop] = False
+            for other in everything:
+                if other.item.sample == each.item.sample and other.item.length:
+                    row[other.item.start : other.item.stop] = False
+            out.append(row.nonzero().flatten())
+        return out
+
+    def _instructions(self, course: Course) -> list[Tensor]:
+        """Per row, columns (int64, on the CPU, of the whole call) of the question: the user's last turn without images.
+
+        Turns end with an end-of-sequence token, as chat templates have it; without any, the question is the text behind
+        the last image, or all text where there is none behind it.
+        """
+        out = []
+        config = getattr(self.adapter.model, "generation_config", None)
+        ends = getattr(config, "eos_token_id", None)
+        ends = self.adapter.text_config.eos_token_id if ends is None else ends
+        ends = torch.tensor([] if ends is None else [ends] if isinstance(ends, int) else list(ends))
+        for row in range(course.batch):
+            shown = torch.ones(course.length, dtype=torch.bool)
+            if self.all_shown is not None:
+                shown = self.all_shown[row].clone()
+            text, behind = shown.clone(), 0
+            for item in self.all_items:
+                if item.sample == row:
+                    text[item.start : item.stop] = False
+            first, stop = 0, course.length
+            if self.ids is not None:
+                marks = (torch.isin(self.ids[row], ends) & shown).nonzero().flatten().tolist()
+                if marks:
+                    stop = marks[-1]
+                    first = marks[-2] + 1 if len(marks) > 1 else 0
+            behind = max([item.stop for item in self.all_items if item.sample == row and item.stop <= stop], default=0)
+            columns = text.nonzero().flatten()
+            turn = columns[(columns >= max(first, behind)) & (columns < stop)]
+            if not len(turn):
+                turn = columns[(columns >= first) & (columns < stop)]
+            out.append(turn if len(turn) else columns)
+        return out
+
+    def _last_words(self, course: Course) -> Tensor:
+        """int64 [B], on the CPU: column of the last token of each row's question."""
+        return torch.tensor([int(columns[-1]) if len(columns) else 0 for columns in self._instructions(course)])
+
+    def _place(self, course: Course, column: Tensor) -> Tensor:
+        """Where these columns (int64 [B]) are in the sequence as it is now."""
+        column = column.to(course.device, non_blocking=True)
+        return column if course.columns is None else (course.columns == column[:, None]).int().argmax(1)
+
+    def _instruction(self, live: Sequence[Live], everything: Sequence[Live], course: Course) -> Tensor:
+        assert self.embeds is not None
+        columns = self._instructions(course)
+        return pad_sequence(
+            [self.embeds[e.item.sample, columns[e.item.sample].to(self.embeds.device)] for e in live], batch_first=True
+        )
+
+    def _instruction_mask(self, live: Sequence[Live], everything: Sequence[Live], course: Course) -> Tensor:
+        columns = self._instructions(course)
+        return _filled([len(columns[each.item.sample]) for each in live]).to(course.device, non_blocking=True)
+
+    def _prompt_features(self, live: Sequence[Live], everything: Sequence[Live], course: Course) -> Tensor:
+        assert self.embeds is not None
+        return pad_sequence([self.embeds[e.origin.sample, e.origin.where] for e in live], batch_first=True)
+
+    def _text_features(self, live: Sequence[Live], everything: Sequence[Live], course: Course) -> Tensor:
+        assert self.embeds is not None
+        rows = []
+        for each, places in zip(live, self._text_columns(live, everything, course)):
+            places = places.to(course.device, non_blocking=True)
+            columns = places if course.columns is None else course.columns[each.item.sample, places]
+            rows.append(self.embeds[each.item.sample, columns])
+        return pad_sequence(rows, batch_first=True)
+
+    def _text_mask(self, live: Sequence[Live], everything: Sequence[Live], course: Course) -> Tensor:
+        columns = self._text_columns(live, everything, course)
+        return _filled([len(each) for each in columns]).to(course.device, non_blocking=True)
+
+    # Attention.
+
+    def _keys(self, point: Entering, course: Course) -> Tensor:
+        """Keys [B, G, H + P, d] that the layer sees."""
+        layer = self.adapter.decoder_layers[point.layer]
+        total, now = point.held.shape[1], point.hidden.shape[1]
+        layers = getattr(course.cache, "layers", None) or ()
+        held = layers[point.layer].keys if point.layer < len(layers) else None
+        if point is self.before and held is not None and held.shape[2] >= total:
+            return held[:, :, :total].to(point.hidden.device)
+        # No cache, a sliding window that forgets, or a layer that has yet to run.
+        _, keys = self.adapter.queries_and_keys(layer, point.hidden, _wide(point))
+        if total == now:
+            return keys
+        if held is None or held.shape[2] < total - now:
+            raise ValueError("the sliding window has dropped keys of earlier turns: start a new conversation")
+        return torch.cat([held[:, :, : total - now].to(keys), keys], dim=2)
+
+    def _point(self, following: bool, name: str) -> Entering:
+        point = self.here if following else self.before
+        if point is None:
+            raise ValueError(f"there is no {name} before the first decoder layer: ask at a later stage")
+        return point
+
+    def _queries(self, point: Entering, row: Tensor, place: Tensor) -> Tensor:
+        """Queries [R, H, T, d] of positions `place` [R, T] in rows `row` [R]."""
+        cos, sin = (part[row[:, None], place] for part in _wide(point))
+        hidden = point.hidden[row[:, None], place]
+        layer = self.adapter.decoder_layers[point.layer]
+        return self.adapter.queries_and_keys(layer, hidden, (cos, sin))[0]
+
+    def _last_attention(
+        self, live: Sequence[Live], everything: Sequence[Live], course: Course, *, following: bool
+    ) -> Tensor:
+        point = self._point(following, "last_attention")
+        shown = course.host_shown()
+        last = torch.where(shown, torch.arange(shown.shape[1]), -1).amax(dim=1).to(point.hidden.device)
+        row = torch.arange(len(point.hidden), device=point.hidden.device)
+        query = self._queries(point, row, last[:, None])
+        keys = self._keys(point, course)
+        scores = attention_scores(query, keys, mask=point.held, reduce="rows")[:, 0, -point.hidden.shape[1] :]
+        return pad_sequence([scores[e.item.sample, e.item.where] for e in live], batch_first=True)
+
+    def _text_attention(
+        self, live: Sequence[Live], everything: Sequence[Live], course: Course, *, following: bool
+    ) -> Tensor:
+        point = self._point(following, "text_attention")
+        places = self._text_columns(live, everything, course)
+        longest, widest = max(map(len, places)), max(each.item.length for each in live)
+        out = point.hidden.new_zeros(len(live), longest, widest, dtype=torch.float32)
+        keys, past = self._keys(point, course), point.held.shape[1] - point.hidden.shape[1]
+        for number, (each, place) in enumerate(zip(live, places)):
+            if len(place):
+                scores = self._rows(point, keys, past, each, place.to(keys.device, non_blocking=True), "rows")
+                out[number, : len(place), : each.item.length] = scores[:, each.item.where]
+        return out
+
+    def _visual_attention(
+        self, live: Sequence[Live], everything: Sequence[Live], course: Course, *, following: bool
+    ) -> Tensor:
+        point = self._point(following, "visual_attention")
+        keys, past = self._keys(point, course), point.held.shape[1] - point.hidden.shape[1]
+        rows = []
+        for each in live:
+            where = each.item.where
+            place = torch.arange(where.start, where.stop) if isinstance(where, slice) else where
+            scores = self._rows(point, keys, past, each, place.to(keys.device, non_blocking=True), "sum")
+            rows.append(scores[where])
+        return pad_sequence(rows, batch_first=True)
+
+    def _rows(self, point: Entering, keys: Tensor, past: int, live: Live, place: Tensor, reduce: Any) -> Tensor:
+        """Attention of positions `place` [T] of an item's row, [P] or [T, P] over the positions of this call."""
+        sample = live.item.sample
+        query = self._queries(point, torch.tensor([sample], device=keys.device), place[None])
+        scores = attention_scores(
+            query,
+            keys[sample : sample + 1],
+            mask=point.held[sample : sample + 1],
+            causal=True,
+            query_index=place[None] + past,
+            reduce=reduce,
+        )
+        return scores[0, ..., past:]
+
+    def _next_keys(self, live: Sequence[Live], everything: Sequence[Live], course: Course) -> Tensor:
+        point = self._point(True, "next_keys")
+        mean = self._keys(point, course)[:, :, -point.hidden.shape[1] :].float().mean(1)
+        return pad_sequence([mean[e.item.sample, e.item.where] for e in live], batch_first=True)
+
+    def _per_position(self, live: Sequence[Live], everything: Sequence[Live], course: Course, *, name: str) -> Tensor:
+        table = self._changes if name == "transition" else self._overlap
+        if table is None:
+            raise ValueError(f"there is no {name} before a decoder layer has run: ask at a later stage")
+        return pad_sequence([table[e.item.sample, e.item.where] for e in live], batch_first=True)
+
+
+_MADE: dict[str, Any] = {
+    "instruction": Signals._instruction,
+    "instruction_mask": Signals._instruction_mask,
+    "prompt_features": Signals._prompt_features,
+    "text_features": Signals._text_features,
+    "text_mask": Signals._text_mask,
+    "last_attention": functools.partial(Signals._last_attention, following=False),
+    "next_last_attention": functools.partial(Signals._last_attention, following=True),
+    "text_attention": functools.partial(Signals._text_attention, following=False),
+    "next_text_attention": functools.partial(Signals._text_attention, following=True),
+    "visual_attention": functools.partial(Signals._visual_attention, following=False),
+    "next_visual_attention": functools.partial(Signals._visual_attention, following=True),
+    "next_keys": Signals._next_keys,
+    "transition": functools.partial(Signals._per_position, name="transition"),
+    "activation_overlap": functools.partial(Signals._per_position, name="activation_overlap"),
+}
+
+
+def _wide(point: Entering) -> tuple[Tensor, Tensor]:
+    cos, sin = (part.expand(len(point.hidden), -1, -1) for part in point.rotary)
+    return cos, sin
+
+
+def _filled(lengths: Sequence[int]) -> Tensor:
+    """bool [I, longest]: the first so many of each row."""
+    return torch.arange(max(lengths, default=0)) < torch.tensor(lengths)[:, None]
