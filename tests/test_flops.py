@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
+
 import pytest
 import torch
 from cases import BATCHES
@@ -27,8 +31,11 @@ from vlmprune.flops import (
     format_bytes,
     format_flops,
     kv_cache_bytes,
+    parse_target,
     prefill_flops,
+    solve_keep,
 )
+from vlmprune.memory import estimate_memory, weight_bytes
 from vlmprune.session import prune
 
 IMAGE = 31
@@ -335,3 +342,231 @@ def test_estimate_of_a_method_inside_the_decoder_equals_what_its_session_reports
     assert report.flops_pruned == pytest.approx(measured["Global"], rel=0.01)
     by_name = estimate_flops(config, text_tokens=8, visual_tokens=36, pruner="divprune")
     assert by_name.tokens_pruned == 8 + round(0.098 * 36)
+
+
+def clip_336() -> CLIPVisionConfig:
+    return CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+    )
+
+
+def vicuna(size: str) -> LlavaConfig:
+    """LLaVA-1.5's language model; that of LLaVA-NeXT has the same shape."""
+    larger = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40}
+    text = LlamaConfig(vocab_size=32064, **(larger if size == "13B" else {}))
+    return LlavaConfig(vision_config=clip_336(), text_config=text, dtype=torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("size", "visual", "keep", "text", "printed"),
+    [
+        ("7B", 576, 0.098, 43.4, 15.63),
+        ("13B", 576, 0.098, 43.4, 15.71),
+        ("7B", 1152, 0.1, 65.9, 14.10),
+    ],
+)
+def test_ratios_that_divprune_prints(size, visual, keep, text, printed):
+    """With text_tokens=43.4 for the images and 65.9 for the videos the printed figures come out."""
+    estimate = estimate_flops(
+        vicuna(size),
+        text_tokens=text,
+        visual_tokens=visual,
+        pruner=vlmprune.DivPrune(keep=keep),
+        convention="divprune",
+    )
+    assert round(100 * estimate.ratio, 2) == printed
+
+
+@pytest.mark.parametrize(
+    ("size", "printed"),
+    [("7B", (41.7, 30.4, 19.7, 9.6, 3.8)), ("13B", (80.0, 58.7, 38.3, 18.7, 7.4))],
+)
+def test_tflops_that_globalcom2_prints(size, printed):
+    """With text_tokens=0; to the digit, but for the unpruned 13B, which is 79.94."""
+    config = vicuna(size)
+    ratios = (1.0, 0.75, 0.5, 0.25, 0.1)
+    ours = [
+        estimate_flops(
+            config, text_tokens=0, visual_tokens=2880, pruner=Half(keep=ratio), convention="globalcom2"
+        ).pruned
+        / 1e12
+        for ratio in ratios
+    ]
+    exact = [round(value, 1) == figure for value, figure in zip(ours, printed)]
+    assert exact == [size == "7B", True, True, True, True]
+    assert ours[0] == pytest.approx(printed[0], rel=1e-3)
+    # Ratios of figures that were rounded to 0.1 T.
+    assert [value / ours[0] for value in ours] == pytest.approx([figure / printed[0] for figure in printed], abs=2e-3)
+
+
+def test_kv_cache_that_globalcom2_prints():
+    """1536 / 1126.4 / 755 / 377 / 151 MB: decimal bytes, those over 1 G rounded to a tenth of it and times 1024."""
+    config = vicuna("7B")
+    for tokens, printed in ((2880, 1536), (2160, 1126.4), (1440, 755), (720, 377), (288, 151)):
+        size = kv_cache_bytes(config, layer_tokens=tokens)
+        shown = round(size / 1e9, 1) * 1024 if size >= 1e9 else round(size / 1e6)
+        assert shown == pytest.approx(printed)
+
+
+@pytest.mark.parametrize(("tokens", "full", "pruned", "share"), [(576, 3.82, 1.56, 40.8), (2880, 20.83, 8.33, 40.0)])
+def test_figures_that_transprune_prints(tokens, full, pruned, share):
+    """Its "High" schedule, with text_tokens=0: stages before layers 7, 9 and 12 keep 7/8, 5/8 and 1/8."""
+    config = vicuna("7B")
+    layers = [tokens] * 7 + [tokens * 7 // 8] * 2 + [tokens * 5 // 8] * 3 + [tokens // 8] * 20
+    whole = prefill_flops(config, layer_tokens=tokens, convention="transprune").total
+    cut = prefill_flops(config, layer_tokens=layers, convention="transprune").total
+    assert (round(whole / 1e12, 2), round(cut / 1e12, 2)) == (full, pruned)
+    assert round(100 * cut / whole, 1) == share
+
+
+def test_conventions_are_refused_where_they_do_not_apply():
+    with pytest.raises(ValueError, match=r"'thop'.*counter, divprune, globalcom2, transprune"):
+        estimate_flops(llava_config(), text_tokens=4, visual_tokens=36, convention="thop")
+    with pytest.raises(ValueError, match=r"whole number.*4\.5"):
+        estimate_flops(llava_config(), text_tokens=4.5, visual_tokens=36)
+    experts = FAMILIES["qwen3-vl-moe"].model().config
+    with pytest.raises(ValueError, match="dense models"):
+        estimate_flops(experts, text_tokens=4, visual_tokens=12, convention="divprune")
+
+
+def test_many_decode_steps_are_the_sum_of_each():
+    config = llava_config()
+    steps = [decode_flops(config, layer_tokens=[40 + n, 12 + n], batch=3) for n in range(1, 8)]
+    summed = decode_flops(config, layer_tokens=[41, 13], batch=3, steps=7)
+    assert summed.total == sum(step.total for step in steps)
+    assert summed.layers[1].attention == sum(step.layers[1].attention for step in steps)
+    assert decode_flops(config, layer_tokens=41, steps=0).total == 0
+    estimate = estimate_flops(config, text_tokens=4, visual_tokens=36, pruner=Half(keep=8), batch=3, new_tokens=7)
+    assert estimate.decode_full == decode_flops(config, layer_tokens=41, batch=3, steps=7)
+    assert estimate.kv_bytes_end_pruned == kv_cache_bytes(config, layer_tokens=12 + 7, batch=3)
+
+
+def test_selection_is_counted_where_the_method_declares_it():
+    config = llava_config()
+    arguments = {"text_tokens": 4, "visual_tokens": [36, 36], "batch": 2}
+    silent = estimate_flops(config, pruner=vlmprune.Uniform(keep=9), **arguments)
+    divprune = estimate_flops(config, pruner=vlmprune.DivPrune(keep=9), **arguments)
+    assert silent.selection == 0
+    assert divprune.selection == 4 * 36 * 37 * 64
+    assert divprune.pruned == silent.pruned
+    assert "selection" in str(divprune)
+    assert "selection" not in str(silent)
+    assert estimate_flops(config, pruner=vlmprune.DivPrune(keep=1.0), **arguments).selection == 0
+
+
+@pytest.mark.parametrize("family", ["llava-clip-llama", "qwen2.5-vl", "qwen3-vl", "internvl", "llava-next-video"])
+def test_weights_of_a_config_are_those_of_its_model(family):
+    model = FAMILIES[family].model()
+    sizes = weight_bytes(model)
+    assert sum(sizes.values()) == sum(p.numel() * p.element_size() for p in model.parameters())
+    assert sizes["vision_tower"] > 0
+    assert sizes["projector"] > 0
+    assert weight_bytes(model.config) == sizes
+    assert sum(weight_bytes(model.to(torch.bfloat16)).values()) == sum(sizes.values()) // 2
+
+
+def test_memory_is_weights_and_cache():
+    config = llava_config(dtype=torch.bfloat16)
+    memory = estimate_memory(config, text_tokens=4, visual_tokens=36, pruner=Half(keep=8), batch=2, new_tokens=5)
+    assert memory.prefill_full == kv_cache_bytes(config, layer_tokens=40, batch=2, element_bytes=2)
+    assert memory.decode_pruned == kv_cache_bytes(config, layer_tokens=17, batch=2, element_bytes=2)
+    assert memory.full - memory.pruned == memory.decode_full - memory.decode_pruned > 0
+    assert memory.full == sum(weight_bytes(config).values()) + memory.decode_full
+    assert "weights" in str(memory)
+
+
+HUB_CONFIG = {
+    # As published with the checkpoint: what a text config leaves out is the Llama-2-7B default.
+    "architectures": ["LlavaForConditionalGeneration"],
+    "model_type": "llava",
+    "image_token_index": 32000,
+    "projector_hidden_act": "gelu",
+    "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "default",
+    "torch_dtype": "float16",
+    "text_config": {"model_type": "llama", "max_position_embeddings": 4096, "vocab_size": 32064},
+    "vision_config": {
+        "model_type": "clip_vision_model",
+        "hidden_size": 1024,
+        "image_size": 336,
+        "intermediate_size": 4096,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+        "patch_size": 14,
+        "projection_dim": 768,
+        "vocab_size": 32000,
+    },
+}
+
+
+def test_a_config_file_without_weights(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(HUB_CONFIG))
+    arguments = {"text_tokens": 40, "visual_tokens": 576, "pruner": "divprune"}
+    of_folder = estimate_flops(tmp_path, **arguments)
+    assert of_folder == estimate_flops(str(tmp_path / "config.json"), **arguments)
+    assert of_folder == estimate_flops(vicuna("7B"), **arguments)
+    sizes = weight_bytes(tmp_path)
+    assert sum(sizes.values()) == pytest.approx(2 * 7.06e9, rel=0.002)  # 7.06 billion parameters in float16
+    assert sizes["lm_head"] == 2 * 32064 * 4096
+    (tmp_path / "config.json").write_text(json.dumps({**HUB_CONFIG, "model_type": "internvl_chat"}))
+    with pytest.raises(ValueError, match="cannot read"):
+        estimate_flops(tmp_path, **arguments)
+    with pytest.raises(ValueError, match=r"no config\.json at"):
+        estimate_flops(tmp_path / "nowhere", **arguments)
+
+
+@pytest.mark.parametrize("target", ["flops:0.5", "decoder:0.3", "kv:0.2", "kv:1"])
+@pytest.mark.parametrize("pruner", [vlmprune.DivPrune(), vlmprune.FastV()])
+@pytest.mark.parametrize("visual", [576, [576, 144]])
+def test_solve_keep_is_the_inverse_of_the_estimate(target, pruner, visual):
+    """Met, and not by one token more than needed."""
+    config, arguments = vicuna("7B"), {"text_tokens": 60, "visual_tokens": visual}
+    keep = solve_keep(config, pruner, target, **arguments)
+    name, share = parse_target(target)
+    ratio = {"flops": "ratio", "decoder": "decoder_ratio", "kv": "kv_ratio"}[name]
+
+    def cost(keep: float) -> float:
+        return getattr(estimate_flops(config, pruner=dataclasses.replace(pruner, keep=keep), **arguments), ratio)
+
+    assert cost(keep) <= share
+    assert keep == 1.0 or cost(keep + 1e-8) > share
+    assert math.isclose(cost(keep), share, abs_tol=3e-3)
+
+
+def test_solve_keep_takes_names_and_refuses_what_cannot_be():
+    config, arguments = vicuna("7B"), {"text_tokens": 60, "visual_tokens": 576}
+    assert solve_keep(config, "divprune", "kv:0.3", **arguments) == solve_keep(
+        config, vlmprune.DivPrune(keep=5), "kv:0.3", **arguments
+    )
+    with pytest.raises(ValueError, match=r"'flops:0.05' cannot be met: keep=0.00174.*divprune.*0\.135"):
+        solve_keep(config, "divprune", "flops:0.05", **arguments)
+    with pytest.raises(ValueError, match=r"cannot be met: keep=0\.06.*fastv"):
+        solve_keep(config, "fastv", "decoder:0.1", **arguments)
+    for wrong in ("flops", "flops:", "flops:1.5", "flops:nan", "tflops:0.3", "0.3", "kv:-1"):
+        with pytest.raises(ValueError, match=r'share in .*"kv:0\.3"'):
+            solve_keep(config, "divprune", wrong, **arguments)
+    with pytest.raises(ValueError, match="no visual tokens"):
+        solve_keep(config, "divprune", "kv:0.3", text_tokens=60, visual_tokens=[])
+
+
+class Adaptive(Half):
+    def budget(self, counts, layer=0, depth=1):
+        return [None for _ in counts]
+
+
+class AdaptiveInside(Adaptive):
+    def layers(self, depth):
+        return (1,)
+
+
+def test_methods_that_decide_themselves_are_estimated_by_what_keep_asks_for():
+    arguments = {"text_tokens": 4, "visual_tokens": [36, 36]}
+    estimate = estimate_flops(llava_config(), pruner=Adaptive(keep=0.25), **arguments)
+    assert estimate.tokens_pruned == 4 + 18
+    with pytest.raises(ValueError, match="only a run can tell"):
+        estimate_flops(llava_config(), pruner=AdaptiveInside(keep=0.25), **arguments)

@@ -1,9 +1,10 @@
-"""What a prefill and a decode step cost: FLOPs and KV-cache bytes in closed form, from a config alone.
+"""What prefill and decoding cost: FLOPs and KV-cache bytes in closed form, from a config alone.
 
 One multiply-add is 2 FLOPs. Counted are the convolution and the matrix products of the vision tower, the projector,
 the decoder layers and the language-model head, as `torch.utils.flop_counter.FlopCounterMode` counts them: attention is
 the full queries x keys product, although a causal kernel may skip nearly half of it. Not counted are biases, norms,
-softmax, activations, rotary embeddings, embedding look-ups and the pruner's own selection.
+softmax, activations, rotary embeddings and embedding look-ups. The pruner's own selection is counted apart, where the
+method says what it costs. Papers count otherwise: `vlmprune.conventions`.
 
 Lengths are physical: a padded row costs as much as a full one. Every layer has its own length, because a pruner that
 acts inside the decoder leaves later layers shorter.
@@ -11,16 +12,21 @@ acts inside the decoder leaves later layers shorter.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from vlmprune.contract import Pruner
+from vlmprune.contract import Pruner, budget
+from vlmprune.conventions import COUNTER, find_convention
 from vlmprune.registry import create_pruner
 from vlmprune.vision_flops import FAMILIES, TOWERS, Grid, attention, linear
 
-Counts = int | Sequence[int]
+Counts = float | Sequence[float]
+"""Tokens in every decoder layer, or in each; whole numbers except where a paper's convention takes a mean."""
+
 Pictures = int | Sequence[Grid]
 """What passes the vision tower: patch grids (rows, columns), or a number of pictures of the config's size."""
 
@@ -72,18 +78,28 @@ class Flops:
 class FlopsEstimate:
     """Cost with all visual tokens (`*_full`) and with those a pruner keeps (`*_pruned`).
 
-    `tokens_*` is the sequence length in the last decoder layer, text included; `decode_*` is the first decode step
-    after that prefill; `kv_bytes_*` is the KV cache at the end of the prefill.
+    Attributes:
+        tokens_full, tokens_pruned: sequence length in the last decoder layer, text included.
+        prefill_full, prefill_pruned: FLOPs up to the first new token.
+        decode_full, decode_pruned: FLOPs of the decode steps behind it: by default the first, else all `new_tokens`.
+        kv_bytes_full, kv_bytes_pruned: bytes of the KV cache at the end of the prefill.
+        kv_bytes_end_full, kv_bytes_end_pruned: bytes of it after those decode steps.
+        selection: FLOPs of the matrix products with which the pruner chooses, as it declares them in
+            `selection_flops`; 0 where it declares none. In no other figure; what selection takes in seconds is in the
+            report of a run.
     """
 
-    tokens_full: int
-    tokens_pruned: int
+    tokens_full: float
+    tokens_pruned: float
     prefill_full: Flops
     prefill_pruned: Flops
     decode_full: Flops
     decode_pruned: Flops
     kv_bytes_full: int
     kv_bytes_pruned: int
+    kv_bytes_end_full: int
+    kv_bytes_end_pruned: int
+    selection: int = 0
 
     @property
     def full(self) -> int:
@@ -97,48 +113,76 @@ class FlopsEstimate:
 
     @property
     def ratio(self) -> float:
-        """`pruned / full`, vision tower included."""
+        """`pruned / full`: the whole prefill, vision tower included (unless the convention leaves it out)."""
         return self.pruned / self.full
 
+    @property
+    def decoder_ratio(self) -> float:
+        """The same of the decoder layers alone."""
+        return self.prefill_pruned.language_model / self.prefill_full.language_model
+
+    @property
+    def kv_ratio(self) -> float:
+        """KV cache at the end of the prefill, pruned to full."""
+        return self.kv_bytes_pruned / self.kv_bytes_full
+
     def __str__(self) -> str:
+        selection = f", selection {format_flops(self.selection)}" if self.selection else ""
         return (
             f"prefill {format_flops(self.full)} -> {format_flops(self.pruned)} ({100 * self.ratio:.1f} %), decode step "
             f"{format_flops(self.decode_full.total)} -> {format_flops(self.decode_pruned.total)}, KV cache "
-            f"{format_bytes(self.kv_bytes_full)} -> {format_bytes(self.kv_bytes_pruned)}"
+            f"{format_bytes(self.kv_bytes_full)} -> {format_bytes(self.kv_bytes_pruned)}{selection}"
         )
 
 
 def estimate_flops(
     model_or_config: Any,
     *,
-    text_tokens: int,
-    visual_tokens: Counts,
+    text_tokens: float,
+    visual_tokens: int | Sequence[int],
     pruner: Pruner | str | None = None,
     images: Pictures | None = None,
     batch: int = 1,
+    new_tokens: int = 1,
     logits_tokens: int = 1,
     element_bytes: int | None = None,
+    convention: str = COUNTER,
 ) -> FlopsEstimate:
-    """Estimate one prompt's prefill, its first decode step and its KV cache, with and without `pruner`.
+    """Estimate one prompt's prefill, its decoding and its KV cache, with and without `pruner`.
 
     Args:
-        model_or_config: a model (also PEFT-wrapped, also on the meta device) or its config.
+        model_or_config: a model (also PEFT-wrapped, also on the meta device), its config, or the path of a
+            `config.json` or of a folder with one: weights are not needed.
         text_tokens: tokens of the prompt that are not visual, per row.
         visual_tokens: visual tokens of the prompt's image, or one count per item; 0 for a prompt without image.
-        pruner: a method or its name; None prunes nothing.
+        pruner: a method or its name; None prunes nothing. Of a method that decides for each image how much it keeps
+            (its `budget` is None), what its `keep` asks for on average is taken.
         images: pictures that pass the vision tower, per row: patch grids, or a number of those of the config's size. By
             default as many as an item's count tells, at least; where images come in any size or lose tokens before the
             boundary (Qwen-VL's windows, LLaVA-NeXT's padding) only the grids are exact.
         batch: rows, all alike.
+        new_tokens: decode steps that `decode_*` and `kv_bytes_end_*` cover.
         logits_tokens: positions per row that pass the head; `generate()` asks for the last one only.
         element_bytes: bytes of one KV-cache element; by default those of the model's or config's dtype (4 if unset).
+        convention: "counter" counts what torch's FlopCounterMode counts. Or, to compare with a paper's figures, the
+            decoder layers as it counts them, where `text_tokens` may be a mean:
+            "divprune": its ratios, 15.63 % (LLaVA-1.5-7B) and 15.71 % (13B) at keep 0.098, come out with
+            text_tokens=43.4, and its 14.10 % for 8 x 144 video tokens at 0.1 with 65.9 (it does not print lengths).
+            "globalcom2": with text_tokens=0 its TFLOPs for LLaVA-NeXT-7B and 13B come out at the five ratios, to the
+            digit but for one (79.94 where 80.0 is printed).
+            "transprune": with text_tokens=0 its 3.82 and 20.8 TFLOPs for 576 and 2880 tokens, and the 40.8 % and 40.0 %
+            of its "High" schedule (give the layers' lengths to `prefill_flops`).
 
     Raises:
-        ValueError: for an unsupported model or negative counts.
+        ValueError: for an unsupported model or convention, negative counts, or a pruner of which only a run can tell.
     """
     counts = [visual_tokens] if isinstance(visual_tokens, int) else list(visual_tokens)
-    if text_tokens < 0 or any(count < 0 for count in counts):
-        raise ValueError(f"token counts must not be negative, got text_tokens={text_tokens}, visual_tokens={counts}.")
+    if text_tokens < 0 or new_tokens < 0 or any(count < 0 for count in counts):
+        raise ValueError(
+            f"token counts must not be negative, got {text_tokens=}, {new_tokens=}, visual_tokens={counts}."
+        )
+    if convention == COUNTER and text_tokens != int(text_tokens):
+        raise ValueError(f'text_tokens must be a whole number under convention="{COUNTER}", got {text_tokens}.')
     counts = [count for count in counts if count]
     config = resolve_config(model_or_config)
     if isinstance(pruner, str):
@@ -149,7 +193,8 @@ def estimate_flops(
     if element_bytes is None:
         element_bytes = _element_bytes(model_or_config, config)
 
-    def cost(tokens: list[int]) -> tuple[Flops, Flops, int]:
+    def cost(tokens: list[float]) -> tuple[Flops, Flops, int, int]:
+        ends = [count + new_tokens for count in tokens]
         return (
             prefill_flops(
                 config,
@@ -157,19 +202,141 @@ def estimate_flops(
                 images=images,
                 batch=batch,
                 logits_tokens=logits_tokens,
+                convention=convention,
             ),
-            decode_flops(config, layer_tokens=[count + 1 for count in tokens], batch=batch),
+            decode_flops(
+                config,
+                layer_tokens=[count + 1 for count in tokens],
+                batch=batch,
+                steps=new_tokens,
+                convention=convention,
+            ),
             kv_cache_bytes(config, layer_tokens=tokens, batch=batch, element_bytes=element_bytes),
+            kv_cache_bytes(config, layer_tokens=ends, batch=batch, element_bytes=element_bytes),
         )
 
     depth = config.text_config.num_hidden_layers
-    full = [text_tokens + sum(counts)] * depth
-    pruned = list(full)
+    full: list[float] = [text_tokens + sum(counts)] * depth
+    pruned, selection, left = list(full), 0, counts
     if pruner is not None and counts:
         for stage in pruner.layers(depth):
-            pruned[stage:] = [text_tokens + sum(pruner.budget(counts, stage, depth))] * (depth - stage)
-    (prefill_full, decode_full, kv_full), (prefill, decode, kv) = cost(full), cost(pruned)
-    return FlopsEstimate(full[-1], pruned[-1], prefill_full, prefill, decode_full, decode, kv_full, kv)
+            reached, left = left, _left(pruner, counts, stage, depth)
+            pruned[stage:] = [text_tokens + sum(left)] * (depth - stage)
+            selection += batch * _selection_flops(pruner, reached, left, config.text_config.hidden_size)
+    (prefill_full, decode_full, kv_full, end_full), (prefill, decode, kv, end) = cost(full), cost(pruned)
+    return FlopsEstimate(
+        full[-1], pruned[-1], prefill_full, prefill, decode_full, decode, kv_full, kv, end_full, end, selection
+    )
+
+
+TARGETS = {
+    "flops": ("prefill FLOPs, vision tower included", lambda estimate: estimate.ratio),
+    "decoder": ("prefill FLOPs of the decoder layers", lambda estimate: estimate.decoder_ratio),
+    "kv": ("KV-cache bytes after the prefill", lambda estimate: estimate.kv_ratio),
+}
+"""What a budget can be asked for in, each as a share of the unpruned: name -> (meaning, its value)."""
+
+
+def parse_target(target: str) -> tuple[str, float]:
+    """`"flops:0.3"` -> `("flops", 0.3)`.
+
+    Raises:
+        ValueError: an unknown quantity, or a share outside (0, 1].
+    """
+    name, _, share = target.partition(":")
+    try:
+        value = float(share)
+    except ValueError:
+        value = 0.0
+    if name not in TARGETS or not 0 < value <= 1:
+        known = ", ".join(f'"{key}:0.3" ({meaning})' for key, (meaning, _) in TARGETS.items())
+        raise ValueError(
+            f"a budget is asked for as a share in (0, 1] of the unpruned cost, as {known}; got {target!r}."
+        )
+    return name, value
+
+
+def solve_keep(
+    model_or_config: Any,
+    pruner: Pruner | str,
+    target: str,
+    *,
+    text_tokens: int,
+    visual_tokens: int | Sequence[int],
+    images: Pictures | None = None,
+) -> float:
+    """The largest keep ratio with which `pruner` costs no more than `target`, such as "flops:0.3" or "kv:0.2".
+
+    Every item keeps at least one token. Costs are those of `estimate_flops`, of which this is the inverse; the pruner's
+    other fields stay as they are. The answer holds for prompts of that shape, and is found by bisection to 1e-9.
+
+    Args:
+        model_or_config, text_tokens, visual_tokens, images: see `estimate_flops`.
+        pruner: a method or its name; its own `keep` is ignored.
+        target: share of the unpruned cost: "flops:" of the prefill with the vision tower, "decoder:" of the prefill's
+            decoder layers, "kv:" of the KV cache after the prefill.
+
+    Raises:
+        ValueError: a target that cannot be read, a prompt without visual tokens, or a target below what the method
+            costs at its smallest (the message gives that share).
+    """
+    name, share = parse_target(target)
+    if isinstance(pruner, str):
+        pruner = create_pruner(pruner)
+    counts = [count for count in ([visual_tokens] if isinstance(visual_tokens, int) else visual_tokens) if count]
+    if not counts:
+        raise ValueError(f"there is nothing to solve keep={target!r} for: the prompt has no visual tokens.")
+    config, method, (meaning, value) = resolve_config(model_or_config), pruner, TARGETS[name]
+
+    def cost(keep: float) -> float:
+        estimate = estimate_flops(
+            config, text_tokens=text_tokens, visual_tokens=counts, pruner=replace(method, keep=keep), images=images
+        )
+        return float(value(estimate))
+
+    def possible(keep: float) -> bool:
+        try:
+            return cost(keep) >= 0
+        except ValueError:
+            return False
+
+    cost(1.0)  # what is wrong whatever the budget shows here
+    least = 1 / min(counts)
+    if not possible(least):  # methods inside the decoder have a floor of their own
+        least = _boundary(least, 1.0, possible)[1]
+    if cost(least) > share:
+        raise ValueError(
+            f"keep={target!r} cannot be met: keep={least:.3g}, the least that {method.name} can keep here, costs "
+            f"{cost(least):.3g} of the unpruned {meaning}; ask for more."
+        )
+    if cost(1.0) <= share:
+        return 1.0
+    return _boundary(least, 1.0, lambda keep: cost(keep) > share)[0]
+
+
+def _boundary(low: float, high: float, beyond: Any) -> tuple[float, float]:
+    """Where `beyond` turns true between `low` (where it is false) and `high`, from both sides."""
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        low, high = (low, middle) if beyond(middle) else (middle, high)
+    return low, high
+
+
+def _left(pruner: Pruner, counts: Sequence[int], stage: int, depth: int) -> list[int]:
+    budgets = list(pruner.budget(counts, stage, depth))
+    if None in budgets and tuple(pruner.layers(depth)) != (0,):
+        raise ValueError(
+            f"{pruner.name} decides for each image how much it keeps in each layer, so only a run can tell its cost: "
+            "read session.last.flops."
+        )
+    return [budget(count, pruner.keep) if left is None else left for count, left in zip(counts, budgets)]
+
+
+def _selection_flops(pruner: Pruner, reached: Sequence[int], left: Sequence[int], width: int) -> int:
+    declared = getattr(pruner, "selection_flops", None)
+    if declared is None:
+        return 0
+    return sum(int(declared(count, keep, width)) for count, keep in zip(reached, left) if 0 < keep < count)
 
 
 def prefill_flops(
@@ -181,6 +348,7 @@ def prefill_flops(
     batch: int = 1,
     logits_tokens: int = 1,
     cached_tokens: Counts = 0,
+    convention: str = COUNTER,
 ) -> Flops:
     """FLOPs of one forward pass over a batch.
 
@@ -192,15 +360,19 @@ def prefill_flops(
         batch: rows.
         logits_tokens: positions per row that pass the head: 1 in `generate()`, all of them in a plain `forward()`.
         cached_tokens: keys per row that each layer already holds (a second turn, a decode step).
+        convention: see `estimate_flops`; all but "counter" leave the vision side and the head out.
 
     Raises:
         ValueError: for an unsupported model, or counts that do not match its number of layers.
     """
-    config = resolve_config(model_or_config)
+    config, counting = resolve_config(model_or_config), find_convention(convention)
     text = config.text_config
-    of_images, of_frames = _vision(config, images, False), _vision(config, frames, True)
     queries = _per_layer(layer_tokens, text, "layer_tokens")
     cached = _per_layer(cached_tokens, text, "cached_tokens")
+    if counting is not None:
+        layers = (LayerFlops(*counting.layer(text, q, q + past, batch)) for q, past in zip(queries, cached))
+        return Flops(0, 0, tuple(layers), 0)
+    of_images, of_frames = _vision(config, images, False), _vision(config, frames, True)
     return Flops(
         vision_tower=of_images[0] + of_frames[0],
         projector=of_images[1] + of_frames[1],
@@ -212,27 +384,64 @@ def prefill_flops(
     )
 
 
-def decode_flops(model_or_config: Any, *, layer_tokens: Counts, batch: int = 1) -> Flops:
-    """FLOPs of one decode step whose query sees `layer_tokens` keys per row in each layer, its own among them."""
+def decode_flops(
+    model_or_config: Any, *, layer_tokens: Counts, batch: int = 1, steps: int = 1, convention: str = COUNTER
+) -> Flops:
+    """FLOPs of `steps` decode steps, the first of which sees `layer_tokens` keys per row in each layer, its own among
+    them, and each further one a key more.
+    """
     config = resolve_config(model_or_config)
     keys = _per_layer(layer_tokens, config.text_config, "layer_tokens")
-    return prefill_flops(config, layer_tokens=1, cached_tokens=[count - 1 for count in keys], batch=batch)
+    if any(count < 1 for count in keys):
+        raise ValueError(
+            f"a decode step sees at least itself: layer_tokens must not be negative or 0, got {min(keys)}."
+        )
+
+    def step(number: int) -> Flops:
+        cached = [count - 1 + number for count in keys]
+        return prefill_flops(config, layer_tokens=1, cached_tokens=cached, batch=batch, convention=convention)
+
+    # Cost is linear in the keys: the first and the last step tell the sum.
+    first, last = step(0), step(max(steps - 1, 0))
+
+    def total(before: int, after: int) -> int:
+        return (before + after) * steps // 2
+
+    return Flops(
+        vision_tower=0,
+        projector=0,
+        layers=tuple(
+            LayerFlops(total(a.projections, b.projections), total(a.attention, b.attention), total(a.mlp, b.mlp))
+            for a, b in zip(first.layers, last.layers)
+        ),
+        lm_head=total(first.lm_head, last.lm_head),
+    )
 
 
 def kv_cache_bytes(
     model_or_config: Any, *, layer_tokens: Counts, batch: int = 1, element_bytes: int | None = None
 ) -> int:
-    """Bytes of keys and values when each decoder layer holds `layer_tokens` positions per row."""
+    """Bytes of keys and values when each decoder layer holds `layer_tokens` positions per row.
+
+    A sliding window is not taken into account: a pruned cache holds all its keys, an unpruned one may drop old ones.
+    """
     config = resolve_config(model_or_config)
     if element_bytes is None:
         element_bytes = _element_bytes(model_or_config, config)
     text = config.text_config
     _, kv_heads, head_dim = _heads(text)
-    return 2 * batch * kv_heads * head_dim * sum(_per_layer(layer_tokens, text, "layer_tokens")) * element_bytes
+    positions = sum(_per_layer(layer_tokens, text, "layer_tokens"))
+    return round(2 * batch * kv_heads * head_dim * positions * element_bytes)
 
 
 def resolve_config(model_or_config: Any) -> Any:
-    """The config of a supported model, of its PEFT wrapper, or the config itself; `ValueError` for any other."""
+    """The config of a supported model, of its PEFT wrapper, of a `config.json` or its folder, or the config itself.
+
+    Raises:
+        ValueError: a model type without a FLOPs model, or a path without a config that transformers knows.
+    """
+    if isinstance(model_or_config, (str, os.PathLike)):
+        model_or_config = _read_config(Path(model_or_config))
     model = model_or_config.get_base_model() if hasattr(model_or_config, "get_base_model") else model_or_config
     config = getattr(model, "config", model)
     family = getattr(config, "model_type", type(config).__name__)
@@ -244,6 +453,19 @@ def resolve_config(model_or_config: Any) -> Any:
     if text not in _DECODERS:
         raise ValueError(f"No FLOPs model for the language model '{text}'; supported: {', '.join(sorted(_DECODERS))}.")
     return config
+
+
+def _read_config(path: Path) -> Any:
+    from transformers import AutoConfig  # imported here: a live config needs nothing
+
+    if not (path / "config.json").is_file() and not path.is_file():
+        raise ValueError(f"no config.json at '{path}': give the file, or the folder of a checkpoint.")
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (ValueError, KeyError, OSError) as error:
+        raise ValueError(
+            f"transformers cannot read '{path}' as the config of a model it has: {str(error).strip().splitlines()[0]}"
+        ) from error
 
 
 def format_flops(value: float) -> str:
@@ -275,8 +497,9 @@ def _vision(config: Any, pictures: Pictures, video: bool) -> tuple[int, int]:
     return tower, projector
 
 
-def _decoder_layer(text: Any, layer: int, queries: int, keys: int, batch: int) -> LayerFlops:
+def _decoder_layer(text: Any, layer: int, queries: float, keys: float, batch: int) -> LayerFlops:
     heads, kv_heads, head_dim = _heads(text)
+    queries, keys = int(queries), int(keys)
     rows, width = batch * queries, text.hidden_size
     mlp = 3 * linear(rows, width, text.intermediate_size)
     experts = getattr(text, "num_experts", 0)
@@ -306,9 +529,9 @@ def _heads(text: Any) -> tuple[int, int, int]:
     )
 
 
-def _per_layer(counts: Counts, text: Any, name: str) -> list[int]:
+def _per_layer(counts: Counts, text: Any, name: str) -> list[float]:
     layers = text.num_hidden_layers
-    counts = [counts] * layers if isinstance(counts, int) else list(counts)
+    counts = [counts] * layers if isinstance(counts, (int, float)) else list(counts)
     if len(counts) != layers:
         raise ValueError(f"{name} has {len(counts)} entries, but the language model has {layers} layers.")
     if any(count < 0 for count in counts):
