@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vlmprune.contract import Geometry, Item, Keep, Positions, Pruner, Selection, VisualTokens
     from vlmprune.flops import estimate_flops
-    from vlmprune.pruners import Compose, DivPrune, FastV, Pool, Random, Uniform, VisionZip
+    from vlmprune.pruners import Compose, DivPrune, FastV, Pool, Random, Uniform, VisionDrop, VisionZip
     from vlmprune.registry import create_pruner, list_pruners, register_pruner
     from vlmprune.report import ItemReport, PruneReport, StageReport
     from vlmprune.session import Session, prune
@@ -44,6 +44,7 @@ _lazy = {
     "Pool": "vlmprune.pruners",
     "Random": "vlmprune.pruners",
     "Uniform": "vlmprune.pruners",
+    "VisionDrop": "vlmprune.pruners",
     "VisionZip": "vlmprune.pruners",
 }
 
@@ -64,6 +65,7 @@ __all__ = [
     "Session",
     "StageReport",
     "Uniform",
+    "VisionDrop",
     "VisionZip",
     "VisualTokens",
     "create_pruner",

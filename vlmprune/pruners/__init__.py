@@ -6,6 +6,7 @@ from vlmprune.pruners.fastv import FastV
 from vlmprune.pruners.pool import Pool
 from vlmprune.pruners.random import Random
 from vlmprune.pruners.uniform import Uniform
+from vlmprune.pruners.visiondrop import VisionDrop
 from vlmprune.pruners.visionzip import VisionZip
 
-__all__ = ["Compose", "DivPrune", "FastV", "Pool", "Random", "Uniform", "VisionZip"]
+__all__ = ["Compose", "DivPrune", "FastV", "Pool", "Random", "Uniform", "VisionDrop", "VisionZip"]
