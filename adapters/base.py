@@ -52,6 +52,7 @@ class Adapter(ABC):
         self._encoded = WeakTensorKeyDictionary()  # features of one item -> (its geometry, its number)
         self._alike: dict[str, tuple[Tensor, Geometry]] = {}  # features of items that look alike, in one tensor
         self._geometries: dict[str, list[Geometry]] = {}  # of what was encoded last
+        self._encoding = False
         self.check()
 
     def check(self) -> None:  # noqa: B027  most families serve all their models
@@ -215,8 +216,14 @@ class Adapter(ABC):
 
         @functools.wraps(plain)
         def encode(core: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            self.tower.begin(modality)
-            output = plain(core, *args, **kwargs)
+            if self._encoding:  # Qwen3-VL encodes videos as images
+                return plain(core, *args, **kwargs)
+            self._encoding = True
+            try:
+                self.tower.begin(modality)
+                output = plain(core, *args, **kwargs)
+            finally:
+                self._encoding = False
             rows = getattr(output, "pooler_output", None)
             call = inspect.signature(plain).bind(core, *args, **kwargs).arguments
             geometries = self.geometries(modality, {**call, **call.pop("kwargs", {})})

@@ -221,7 +221,9 @@ def test_transition_and_overlap(family: FamilyCase) -> None:
     model = model_of(family, "eager")
     adapter = adapter_for(model)
     wanted = {"transition", "activation_overlap"} & adapter.signals
+    model.generation_config.eos_token_id = [95]
     _, inputs, pruner, report = probe(family, wanted, BATCHES["unequal"])
+    model.generation_config.eos_token_id = None
     taken: dict[Any, Any] = {}
 
     def keep(module: Any, args: Any, kwargs: Any, output: Any) -> None:
@@ -245,16 +247,17 @@ def test_transition_and_overlap(family: FamilyCase) -> None:
         for number, item in enumerate(report.items):
             columns, total = columns_of(item), torch.zeros(real.shape[1])
             for block in blocks[: 2 * stage]:
-                x, y = (part[item.sample].float() for part in taken[block])
+                x, y = (part[item.sample][real[item.sample]].float() for part in taken[block])
                 cosine = (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1))
-                weight = (1 - cosine).exp() * real[item.sample]
-                total += y.norm(dim=-1) / x.norm(dim=-1) * weight / weight.sum()
+                weight = (1 - cosine).exp()
+                total[real[item.sample]] += y.norm(dim=-1) / x.norm(dim=-1) * weight / weight.sum()
             close(signals["transition"][number, : len(columns)], total[columns])
             if "activation_overlap" in wanted:
                 active = taken[layers[stage - 1].mlp.down_proj][0][item.sample] > 0
-                last = int(real[item.sample].nonzero()[-1])
-                if last in columns.tolist():
-                    continue
+                others = [columns_of(other) for other in report.items if other.sample == item.sample]
+                text = real[item.sample].clone()
+                text[torch.cat(others)] = False
+                last = int(text.nonzero()[-1])
                 together = (active & active[last]).sum(-1)
                 close(signals["activation_overlap"][number, : len(columns)], together[columns])
 
@@ -269,6 +272,8 @@ def test_instruction_is_the_last_turn_of_the_user() -> None:
         [("image", 1), 11, end, 12, 13, end, 14],
         [21, 22, ("image", 0)],
         [31, ("image", 0), 32, ("image", 1), 33, end, 34],
+        [41, ("image", 0), 42, 43, end, 44, 45, 46, 47, 48, 49],
+        [51, end, 52, ("image", 0), end, 53],
     ]
     model.generation_config.eos_token_id = [end]
     try:
@@ -278,7 +283,7 @@ def test_instruction_is_the_last_turn_of_the_user() -> None:
     _, signals, _ = pruner.seen[0]
     table = model.get_input_embeddings().weight
     for number, item in enumerate(report.items):
-        words = [[3, 4, 5], [12, 13], [21, 22], [33]][item.sample]
+        words = [[3, 4, 5], [12, 13], [21, 22], [33], [44, 45, 46, 47, 48, 49], [52]][item.sample]
         assert signals["instruction_mask"][number].sum() == len(words)
         assert torch.equal(signals["instruction"][number, : len(words)], table[words])
         assert (signals["instruction"][number, len(words) :] == 0).all()

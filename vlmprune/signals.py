@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from vlmprune.session import Live
 
 
+HEADER = 5  # tokens of the longest "<|im_start|>assistant" and the like
+
+
 class Entering(NamedTuple):
     """What enters a decoder layer: hidden states [B, P, D], (cos, sin), and which keys a row's last token will see."""
 
@@ -179,36 +182,34 @@ class Signals:
         return out
 
     def _instructions(self, course: Course) -> list[Tensor]:
-        """Per row, columns (int64, on the CPU, of the whole call) of the question: the user's last turn without images.
+        """Per row, columns (int64, on the CPU, of the whole call) of the question.
 
-        Turns end with an end-of-sequence token, as chat templates have it; without any, the question is the text behind
-        the last image, or all text where there is none behind it.
+        That is the user's last turn, without images and, if any is left, without what stands before them. Turns end
+        with an end-of-sequence token, as chat templates have it; at most `HEADER` tokens without an image behind the
+        last one are the head of the answer to come.
         """
-        out = []
         config = getattr(self.adapter.model, "generation_config", None)
         ends = getattr(config, "eos_token_id", None)
         ends = self.adapter.text_config.eos_token_id if ends is None else ends
         ends = torch.tensor([] if ends is None else [ends] if isinstance(ends, int) else list(ends))
+        out = []
         for row in range(course.batch):
-            shown = torch.ones(course.length, dtype=torch.bool)
-            if self.all_shown is not None:
-                shown = self.all_shown[row].clone()
-            text, behind = shown.clone(), 0
-            for item in self.all_items:
-                if item.sample == row:
-                    text[item.start : item.stop] = False
-            first, stop = 0, course.length
-            if self.ids is not None:
-                marks = (torch.isin(self.ids[row], ends) & shown).nonzero().flatten().tolist()
-                if marks:
-                    stop = marks[-1]
-                    first = marks[-2] + 1 if len(marks) > 1 else 0
-            behind = max([item.stop for item in self.all_items if item.sample == row and item.stop <= stop], default=0)
+            shown = torch.ones(course.length, dtype=torch.bool) if self.all_shown is None else self.all_shown[row]
+            items = [item for item in self.all_items if item.sample == row]
+            text = shown.clone()
+            for item in items:
+                text[item.start : item.stop] = False
             columns = text.nonzero().flatten()
+            first, stop = 0, course.length
+            marks = [] if self.ids is None else (torch.isin(self.ids[row], ends) & text).nonzero().flatten().tolist()
+            if marks:
+                first = marks[-1] + 1
+                answer = all(item.stop <= first for item in items) and (columns >= first).sum() <= HEADER
+                if answer:
+                    first, stop = marks[-2] + 1 if len(marks) > 1 else 0, marks[-1]
+            behind = max([item.stop for item in items if item.stop <= stop], default=0)
             turn = columns[(columns >= max(first, behind)) & (columns < stop)]
-            if not len(turn):
-                turn = columns[(columns >= first) & (columns < stop)]
-            out.append(turn if len(turn) else columns)
+            out.append(turn if len(turn) else columns[(columns >= first) & (columns < stop)])
         return out
 
     def _last_words(self, course: Course) -> Tensor:
