@@ -13,7 +13,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vlmprune.contract import Geometry, Item, Keep, Positions, Pruner, Selection, VisualTokens
     from vlmprune.flops import estimate_flops
-    from vlmprune.pruners import Compose, DivPrune, FastV, Pool, Random, Uniform, VisionDrop, VisionZip
+    from vlmprune.pruners import (
+        CDPruner,
+        Compose,
+        DivPrune,
+        FastV,
+        Merge,
+        MMTok,
+        PerFrame,
+        PerTile,
+        Pool,
+        PyramidDrop,
+        Random,
+        ToDRE,
+        TransPrune,
+        Uniform,
+        VisionDrop,
+        VisionZip,
+    )
     from vlmprune.registry import create_pruner, list_pruners, register_pruner
     from vlmprune.report import ItemReport, PruneReport, StageReport
     from vlmprune.session import Session, prune
@@ -43,12 +60,21 @@ _lazy = {
     "FastV": "vlmprune.pruners",
     "Pool": "vlmprune.pruners",
     "Random": "vlmprune.pruners",
+    "TransPrune": "vlmprune.pruners",
+    "PyramidDrop": "vlmprune.pruners",
     "Uniform": "vlmprune.pruners",
     "VisionDrop": "vlmprune.pruners",
+    "CDPruner": "vlmprune.pruners",
+    "MMTok": "vlmprune.pruners",
+    "Merge": "vlmprune.pruners",
+    "PerFrame": "vlmprune.pruners",
+    "PerTile": "vlmprune.pruners",
+    "ToDRE": "vlmprune.pruners",
     "VisionZip": "vlmprune.pruners",
 }
 
 __all__ = [
+    "CDPruner",
     "Compose",
     "DivPrune",
     "FastV",
@@ -56,14 +82,21 @@ __all__ = [
     "Item",
     "ItemReport",
     "Keep",
+    "MMTok",
+    "Merge",
+    "PerFrame",
+    "PerTile",
     "Pool",
     "Positions",
     "PruneReport",
     "Pruner",
+    "PyramidDrop",
     "Random",
     "Selection",
     "Session",
     "StageReport",
+    "ToDRE",
+    "TransPrune",
     "Uniform",
     "VisionDrop",
     "VisionZip",

@@ -1,0 +1,36 @@
+"""What wrappers of one pruner share: they act where and on as much as the pruner inside does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from vlmprune.contract import Keep, Positions, Pruner
+
+
+@dataclass(init=False)
+class Wrapper(Pruner):
+    """A pruner around another. `keep` and `positions`, where given, go to the one inside."""
+
+    pruner: Pruner
+
+    def __init__(self, pruner: Pruner, *, keep: Keep | None = None, positions: Positions | None = None) -> None:
+        kind = type(self).__name__
+        if not isinstance(pruner, Pruner):
+            raise ValueError(f"{kind} takes a pruner, such as {kind}(DivPrune(keep=0.3)), got {pruner!r}")
+        given: dict[str, Any] = {"keep": keep, "positions": positions}
+        changed = {key: value for key, value in given.items() if value not in (None, getattr(pruner, key))}
+        self.pruner = replace(pruner, **changed) if changed else pruner
+        self.keep, self.positions = self.pruner.keep, self.pruner.positions
+        self.stage, self.needs = pruner.stage, pruner.needs  # type: ignore[misc]
+        self.query_aware, self.trained = pruner.query_aware, pruner.trained  # type: ignore[misc]
+
+    def layers(self, depth: int) -> tuple[int, ...]:
+        return self.pruner.layers(depth)
+
+    def budget(self, counts: Sequence[int], layer: int = 0, depth: int = 1) -> Sequence[int | None]:
+        return self.pruner.budget(counts, layer, depth)
+
+    def accumulate(self, depth: int) -> tuple[int, ...]:
+        return self.pruner.accumulate(depth)

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from vlmprune.contract import Selection, VisualTokens
+from vlmprune.kernels import merge_tokens, nearest_target
+from vlmprune.pruners._places import placed
+from vlmprune.pruners._wrap import Wrapper
+
+
+@dataclass(init=False)
+class Merge(Wrapper):
+    """The choice of another method, with what it drops folded in: `Merge(DivPrune(keep=0.1))`.
+
+    Every dropped token joins the kept token nearest by cosine (fp32, of what the language model would see there), and
+    a kept token becomes the mean of itself and those that joined it. The kept indices are the inner method's, and the
+    sequence stays as short. Line breaks join nobody, and nobody joins them. A method of several stages merges at each; a
+    row that stands for several tokens counts once at the next.
+
+    Raises:
+        ValueError: at the first prompt, if the inner method merges by itself.
+    """
+
+    name: ClassVar[str] = "merge"
+    paper: ClassVar[str] = "wrapper"
+
+    def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
+        choice = self.pruner.select(tokens, budget)
+        if choice.features is not None:
+            raise ValueError(f"{self.pruner.name} merges what it drops by itself: use it without Merge")
+        places = placed(tokens)
+        joinable = places.gather(1, choice.index.clamp(min=0))
+        into = nearest_target(tokens.features.detach(), choice.index, mask=tokens.valid, candidates=joinable)
+        into = into.masked_fill(~places, -1)
+        rows, size = merge_tokens(tokens.features, choice.index, into)
+        return Selection(choice.index, rows, size > 1)
