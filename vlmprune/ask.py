@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from vlmprune.adapters import FAMILIES
 from vlmprune.contract import Keep, Pruner, check_keep
 from vlmprune.report import PruneReport
 from vlmprune.session import prune
+
+if TYPE_CHECKING:
+    from vlmprune.video import Clip
 
 MAX_ASPECT = 200
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
@@ -78,35 +81,37 @@ def parse_keep(text: str) -> Keep:
     return check_keep(text)  # type: ignore[arg-type]  # raises, and names what is allowed
 
 
-def load_image(path: Path) -> Image.Image:
+def load_image(file: Path | BinaryIO) -> Image.Image:
     """A picture file as RGB: upright (EXIF), transparency on white, 16-bit and float greyscale scaled to 8 bits.
 
     Raises:
         ValueError: missing, not a picture, damaged, too large or too thin.
     """
-    if not path.exists():
-        raise ValueError(f"no such image: '{path}'.")
-    if path.is_dir():
-        raise ValueError(f"'{path}' is a folder: give an image file.")
+    name = f"'{file}'" if isinstance(file, Path) else "the picture"
+    if isinstance(file, Path):
+        if not file.exists():
+            raise ValueError(f"no such image: {name}.")
+        if file.is_dir():
+            raise ValueError(f"{name} is a folder: give an image file.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                _check_size(path, *image.size)
+            with Image.open(file) as image:
+                _check_size(name, *image.size)
                 return _rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError:
-        raise ValueError(f"'{path}' is larger than {MAX_PIXELS // 10**6} megapixels: scale it down first.") from None
+        raise ValueError(f"{name} is larger than {MAX_PIXELS // 10**6} megapixels: scale it down first.") from None
     except UnidentifiedImageError:
-        raise ValueError(f"'{path}' is not an image that Pillow can read.") from None
+        raise ValueError(f"{name} is not an image that Pillow can read.") from None
     except (OSError, SyntaxError, EOFError) as error:  # what Pillow's plug-ins raise on damaged files
-        raise ValueError(f"'{path}' cannot be read as an image: {error}.") from None
+        raise ValueError(f"{name} cannot be read as an image: {error}.") from None
 
 
-def _check_size(path: Path, width: int, height: int) -> None:
+def _check_size(name: str, width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
-        raise ValueError(f"'{path}' has {width * height / 1e6:.0f} megapixels: scale it below {MAX_PIXELS // 10**6}.")
+        raise ValueError(f"{name} has {width * height / 1e6:.0f} megapixels: scale it below {MAX_PIXELS // 10**6}.")
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise ValueError(f"'{path}' is {width} x {height} pixels, longer than {MAX_ASPECT} : 1: crop it first.")
+        raise ValueError(f"{name} is {width} x {height} pixels, longer than {MAX_ASPECT} : 1: crop it first.")
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -121,13 +126,14 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def load_chat(source: str | None = None, device: str | None = None, dtype: str | None = None) -> Chat:
+def load_chat(source: str | None = None, device: str | None = None, dtype: str | None = None, **options: Any) -> Chat:
     """Load a checkpoint and its processor, the bundled model without `source`.
 
     Args:
         source: folder or hub id.
-        device: where to put it; by default "cuda" where there is one, else "cpu".
+        device: where to put it; by default "cuda" where there is one, else "cpu". Not looked at with a `device_map`.
         dtype: "float32", "bfloat16", "float16" or None for the checkpoint's own.
+        options: further arguments of `from_pretrained`, such as `device_map` or `attn_implementation`.
 
     Raises:
         ValueError: an unknown device, nothing that can be loaded, or an unsupported family.
@@ -159,8 +165,9 @@ def load_chat(source: str | None = None, device: str | None = None, dtype: str |
         raise ValueError(f"'{source}' is a '{kind}' model; supported families: {known}.")
     with _loading(source):
         processor = AutoProcessor.from_pretrained(source)
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype or "auto")
-    return Chat(model.eval().to(place), processor, path.resolve().name if path.is_dir() else source)
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype or "auto", **options)
+    placed = model.eval() if "device_map" in options else model.eval().to(place)
+    return Chat(placed, processor, path.resolve().name if path.is_dir() else source)
 
 
 def _device(name: str | None) -> torch.device:
@@ -200,32 +207,53 @@ def _first_sentence(error: BaseException) -> str:
     return (lines[0] if lines else type(error).__name__).split(". ")[0].rstrip(".:")
 
 
-def encode(chat: Chat, images: Sequence[Image.Image], question: str) -> BatchFeature:
-    """Inputs of `generate()` for one prompt: the pictures, then the question, in the chat template if there is one.
+def encode(chat: Chat, images: Sequence[Image.Image], question: str, clips: Sequence[Clip] = ()) -> BatchFeature:
+    """Inputs of `generate()` for one prompt, on the model's device; see `prompt_inputs`."""
+    inputs = prompt_inputs(chat.processor, question, images, clips)
+    return inputs.to(chat.model.device, chat.model.dtype)
+
+
+def prompt_inputs(
+    processor: Any, question: str, images: Sequence[Image.Image] = (), clips: Sequence[Clip] = ()
+) -> BatchFeature:
+    """What a family's processor makes of one prompt: clips, then pictures, then the question.
+
+    The prompt follows the chat template if there is one. Clips are taken as they are, no frame dropped, with their
+    times (see `Clip.metadata`). A processor that knows no video gets their frames as so many pictures.
 
     Raises:
-        ValueError: an empty question, or one that holds the image placeholder.
+        ValueError: an empty question, or one that holds a placeholder.
     """
-    processor = chat.processor
-    placeholder = getattr(processor, "image_token", None) or "<image>"
+    clips, images = list(clips), list(images)
+    if clips and getattr(processor, "video_processor", None) is None:
+        clips, images = [], [*(frame for clip in clips for frame in clip.images), *images]
+    marks = {"video": getattr(processor, "video_token", None) or "<video>"} if clips else {}
+    marks["image"] = getattr(processor, "image_token", None) or "<image>"
     if not question.strip():
         raise ValueError("the question is empty.")
-    if placeholder in question:
-        raise ValueError(f"the question must not hold '{placeholder}': the images are put before it.")
+    for mark in marks.values():
+        if mark in question:
+            raise ValueError(f"the question must not hold '{mark}': images and videos are put before it.")
+    kinds = ["video"] * len(clips) + ["image"] * len(images)
     if getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None):
-        content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
+        content = [*({"type": kind} for kind in kinds), {"type": "text", "text": question}]
         prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     else:
-        prompt = f"{placeholder}\n" * len(images) + question
+        prompt = "".join(f"{marks[kind]}\n" for kind in kinds) + question
     # A template that writes the BOS token itself must not get a second one.
     bos = getattr(processor.tokenizer, "bos_token", None)
-    inputs = processor(
-        images=list(images) or None,
+    extra: dict[str, Any] = {}
+    if clips:
+        extra["videos"] = [torch.from_numpy(np.ascontiguousarray(clip.frames)).movedim(-1, 1) for clip in clips]
+        extra["video_metadata"] = [clip.metadata() for clip in clips]
+        extra["do_sample_frames"] = False
+    return processor(
+        images=images or None,
         text=prompt,
         return_tensors="pt",
         add_special_tokens=not (bos and prompt.startswith(bos)),
+        **extra,
     )
-    return inputs.to(chat.model.device, chat.model.dtype)
 
 
 class _Clock(BaseStreamer):
@@ -241,23 +269,34 @@ class _Clock(BaseStreamer):
         pass
 
 
-def answer(chat: Chat, inputs: BatchFeature, pruner: Pruner | None = None, max_new_tokens: int = 64) -> Answer:
+def answer(
+    chat: Chat,
+    inputs: BatchFeature,
+    pruner: Pruner | None = None,
+    max_new_tokens: int = 64,
+    min_new_tokens: int | None = None,
+) -> Answer:
     """Generate one greedy answer, under a session if a pruner is given, and time it."""
     if pruner is None:
-        return _generate(chat, inputs, max_new_tokens)
+        return _generate(chat, inputs, max_new_tokens, min_new_tokens)
     with prune(chat.model, pruner) as session:
-        done = _generate(chat, inputs, max_new_tokens)
+        done = _generate(chat, inputs, max_new_tokens, min_new_tokens)
         return replace(done, report=session.last)
 
 
-def _generate(chat: Chat, inputs: BatchFeature, max_new_tokens: int) -> Answer:
+def _generate(chat: Chat, inputs: BatchFeature, max_new_tokens: int, min_new_tokens: int | None = None) -> Answer:
     clock, verbosity = _Clock(), logging.get_verbosity()
     logging.set_verbosity_error()  # sampling settings in a checkpoint's generation config are of no use here
     try:
         with torch.inference_mode():
             start = time.perf_counter()
             ids = chat.model.generate(
-                **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, streamer=clock
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                min_new_tokens=min_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                streamer=clock,
             )
             end = time.perf_counter()
     finally:

@@ -208,6 +208,89 @@ def ask(
         notes.print(f"wrote [bold]{escape(str(overlay))}[/]", highlight=False, soft_wrap=True)
 
 
+@app.command()
+def sweep(
+    config: Annotated[
+        Path | None, typer.Argument(help="YAML file; flags go before what it says.", show_default=False)
+    ] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help='"bundled", a hub id or a folder; repeat for several.', show_default=False)
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help='Method, as in fastv:layer=1, or "all"; repeat for several.', show_default=False),
+    ] = None,
+    keep: Annotated[list[str] | None, typer.Option(help="Ratio or count; repeat.", show_default=False)] = None,
+    positions: Annotated[
+        list[str] | None, typer.Option(help="original, compact or own (the method's); repeat.", show_default=False)
+    ] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="For methods that draw; repeat.", show_default=False)] = None,
+    data: Annotated[
+        str | None, typer.Option(help='"digits", a .jsonl, .csv or .parquet, a data set.', show_default=False)
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Of a data set that has several.", show_default=False)] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help='What is asked, such as "{question} Answer with one word."', show_default=False)
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Use the first so many samples.", show_default=False)] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(help="exact_match, vqa_accuracy, anls, multiple_choice or relaxed_numeric.", show_default=False),
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Questions a batch.", show_default=False)] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Length limit of a reply.", show_default=False)] = None,
+    device: Device = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Number format.", show_default="the checkpoint's own")] = None,
+    device_map: Annotated[
+        str | None, typer.Option(help='Handed to from_pretrained, such as "auto".', show_default=False)
+    ] = None,
+    timing: Annotated[bool, typer.Option("--timing/--no-timing", help="Measure time and memory as well.")] = True,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results.", show_default="results")] = None,
+) -> None:
+    """Accuracy against cost: models x methods x budgets on a data set.
+
+    The same command goes on where it was stopped.
+    """
+    from vlmprune.sweep.cli import run_sweep
+
+    shared = {"dtype": dtype.value if dtype else None, "device_map": device_map}
+    run_sweep(
+        config,
+        {
+            "models": [{"path": path, **shared} for path in model] if model else None,
+            "methods": method,
+            "keeps": keep,
+            "positions": positions,
+            "seeds": seed,
+            "metric": metric,
+            "batch_size": batch_size,
+            "max_new_tokens": max_new_tokens,
+            "device": device,
+            "timing": None if timing else False,
+            "out": out,
+        },
+        {"source": data, "split": split, "prompt": prompt, "limit": limit},
+        shared,
+        (_out(), _err()),
+    )
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Argument(help="Folder that `vlmprune sweep` wrote.")] = Path("results"),
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for index.html and pictures.", show_default="the same")
+    ] = None,
+) -> None:
+    """Draw a sweep: curves, table, question types and examples on one page that needs no server."""
+    with _err().status("drawing"):
+        from vlmprune.sweep.report import write_report
+
+        paths = write_report(results, out or results)
+    for path in paths:
+        _out().print(f"wrote [bold]{escape(str(path))}[/]", highlight=False, soft_wrap=True)
+
+
 @bench.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
 )

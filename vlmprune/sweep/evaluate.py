@@ -1,0 +1,193 @@
+"""One batch under one setting: replies, scores, what the reports said, and whether the logits changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers.utils import logging
+
+from vlmprune.ask import Chat
+from vlmprune.overlay import cells, save_image, seen_pictures
+from vlmprune.report import ItemReport, PruneReport
+from vlmprune.session import prune
+from vlmprune.sweep.batches import Batch, Batches
+from vlmprune.sweep.data import Sample
+from vlmprune.sweep.metrics import Metric
+from vlmprune.sweep.plan import UNPRUNED, Setting
+
+MARKS = ".#+"
+"""How a grid of kept tokens is written: dropped, kept, standing for several tokens."""
+_MAX_SIDE = 512
+
+
+@dataclass
+class Evaluator:
+    """What stays the same for all batches and settings of a model.
+
+    Attributes:
+        examples: places in the data set of which kept tokens are noted.
+        pictures: folder for the pictures of the examples.
+    """
+
+    chat: Chat
+    batches: Batches
+    samples: Sequence[Sample]
+    metric: Metric
+    max_new_tokens: int
+    examples: frozenset[int] = frozenset()
+    pictures: Path | None = None
+    _unpruned_logits: dict[int, Any] = field(default_factory=dict)
+
+    def __call__(self, setting: Setting, number: int) -> dict[str, Any]:
+        """The record of batch `number`; samples that cannot be answered are told apart, with the reason."""
+        batch = self.batches[number]
+        record: dict[str, Any] = {
+            "batch": number,
+            "samples": [],
+            "failed": [],
+            "bad": [[place, why] for place, why in batch.bad],
+            "sums": {},
+            "changed": [],
+            "logit_difference": None,
+            "kept": [],
+        }
+        if not batch.samples:
+            return record
+        try:
+            if number == 0 and setting.method != UNPRUNED:
+                record["logit_difference"] = self._logit_difference(setting, batch)
+            self._answer(setting, batch, number, record)
+        except Exception as error:  # a method, a model or the memory may fail on one sample of many
+            record.update(samples=[], sums={}, changed=[], kept=[])
+            for place in batch.samples:
+                self._answer_alone(setting, place, number, record, error if len(batch.samples) == 1 else None)
+        return record
+
+    def _answer_alone(
+        self, setting: Setting, place: int, number: int, record: dict[str, Any], error: Exception | None
+    ) -> None:
+        if error is None:
+            try:
+                self._answer(setting, self.batches.make([place]), number, record)
+                return
+            except Exception as alone:
+                error = alone
+        why = " ".join(str(error).split()) or type(error).__name__
+        record["failed"].append([place, type(error).__name__, why])
+
+    def _answer(self, setting: Setting, batch: Batch, number: int, record: dict[str, Any]) -> None:
+        chat = self.chat
+        inputs = batch.inputs.to(chat.model.device, chat.model.dtype)
+        with prune(chat.model, setting.pruner(number)) as session:
+            replies = generate(chat, inputs, self.max_new_tokens)
+        report = session.last
+        assert report is not None
+        scored = [
+            [place, reply, round(self.metric(reply, self.samples[place].answers), 6)]
+            for place, reply in zip(batch.samples, replies)
+        ]
+        for row, place in enumerate(batch.samples):
+            if place in self.examples:
+                items = [item for item in report.items if item.sample == row]
+                record["kept"].append([place, [grid for item in items for grid in kept_grids(item)]])
+                if setting.method == UNPRUNED and self.pictures is not None:
+                    self._save_pictures(batch, row, place, items)
+        _add(record["sums"], report)
+        record["changed"].append(report.changed)
+        record["samples"] += scored
+
+    def _logit_difference(self, setting: Setting, batch: Batch) -> float:
+        """Largest absolute change of the first new token's logits over the batch."""
+        inputs = batch.inputs.to(self.chat.model.device, self.chat.model.dtype)
+        if batch.number not in self._unpruned_logits:
+            self._unpruned_logits = {batch.number: _first_logits(self.chat.model, inputs)}
+        with prune(self.chat.model, setting.pruner(batch.number)):
+            logits = _first_logits(self.chat.model, inputs)
+        difference = float((logits - self._unpruned_logits[batch.number]).abs().max())
+        return float(f"{difference:.4g}")
+
+    def _save_pictures(self, batch: Batch, row: int, place: int, items: Sequence[ItemReport]) -> None:
+        assert self.pictures is not None
+        for number, picture in enumerate(plane_pictures(self.chat, batch, row, items)):
+            picture = picture.convert("RGB")
+            picture.thumbnail((_MAX_SIDE, _MAX_SIDE))
+            save_image(picture, self.pictures / f"{place}-{number}.png")
+
+
+def generate(chat: Chat, inputs: Any, max_new_tokens: int) -> list[str]:
+    """Greedy replies to left-padded prompts."""
+    with quiet(), torch.inference_mode():
+        ids = chat.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
+    new = ids[:, inputs["input_ids"].shape[1] :]
+    return [reply.strip() for reply in chat.processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without remarks on sampling settings in a checkpoint's generation config, which are of no use here."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+@torch.inference_mode()
+def _first_logits(model: Any, inputs: Any) -> torch.Tensor:
+    return model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1].float().cpu()
+
+
+def _add(sums: dict[str, Any], report: PruneReport) -> None:
+    layers = report.layer_visual_tokens
+    held = sums.get("tokens", [0] * len(layers))
+    sums["tokens"] = [a + b for a, b in zip(held, layers)]
+    for name, value in (
+        ("questions", report.batch),
+        ("tokens_before", report.tokens_before),
+        ("flops_full", report.flops_full),
+        ("flops_pruned", report.flops_pruned),
+        ("kv_bytes_full", report.kv_bytes_full),
+        ("kv_bytes_pruned", report.kv_bytes_pruned),
+    ):
+        sums[name] = sums.get(name, 0) + value
+
+
+def kept_grids(item: ItemReport) -> list[list[str]]:
+    """What was left behind the last stage, as rows of `MARKS`, one list per plane (picture or frame)."""
+    last = item.stages[-1].kept if item.stages else item.kept
+    merged = None if item.merged is None else item.merged.tolist()
+    grids = cells(item.geometry, last.tolist(), merged)
+    return [["".join(MARKS[state] for state in row) for row in grid.tolist()] for grid in grids]
+
+
+def plane_pictures(chat: Chat, batch: Batch, row: int, items: Sequence[ItemReport]) -> list[Image.Image]:
+    """A picture for each plane of the items of one row: as the tower saw it where that can be told, else as given."""
+    planes = [len(item.geometry.grids) for item in items]
+    given = batch.pictures[row]
+    pixels = batch.inputs.get("pixel_values")
+    if pixels is not None and pixels.ndim == 4 and len(pixels) == sum(map(len, batch.pictures)):
+        first = sum(map(len, batch.pictures[:row]))
+        if len(given) == sum(planes):
+            seen = seen_pictures(pixels[first : first + len(given)], chat.processor.image_processor)
+            grids = [grid for item in items for grid in item.geometry.grids]
+            # A tower ignores the pixels behind the last whole patch.
+            return [
+                picture.crop((0, 0, picture.width // columns * columns, picture.height // rows * rows))
+                for picture, (rows, columns) in zip(seen, grids, strict=True)
+            ]
+    images = len(items) - sum(item.geometry.kind == "video" for item in items)
+    out: list[Image.Image] = []
+    for place, (item, count) in enumerate(zip(items, planes)):
+        if item.geometry.kind == "image":
+            out += [given[place]] * count
+        else:
+            frames = given[images:]
+            out += [frames[min(i * len(frames) // count, len(frames) - 1)] for i in range(count)]
+    return out
