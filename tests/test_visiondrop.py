@@ -8,8 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cases import BATCHES
+from families import FAMILIES, FamilyCase
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_laws import model_of
 
 import vlmprune
 from vlmprune.contract import Geometry, VisualTokens
@@ -227,3 +230,29 @@ def test_choices() -> None:
     ):
         with pytest.raises(ValueError, match=next(iter(fields))):
             vlmprune.create_pruner("visiondrop", **fields)
+
+
+# The mixture's deepstack reaches behind layer 1; of a sliding window the signal knows nothing.
+STAGED = [case for name, case in FAMILIES.items() if name not in ("qwen3-vl-moe", "llava-clip-mistral-window")]
+
+
+@pytest.mark.parametrize("family", STAGED, ids=str)
+def test_on_a_model_it_ranks_by_the_full_attention_map(family: FamilyCase) -> None:
+    """With all tokens kept at the boundary, the first decoder stage sees what an unpruned run does."""
+    model, inputs = model_of(family, "eager"), family.inputs(BATCHES["unequal"])
+    pruner = VisionDrop(keep=0.9)
+    with torch.no_grad(), vlmprune.prune(model, pruner) as session:
+        model(**inputs)
+    with torch.no_grad():
+        maps = model(**inputs, output_attentions=True, use_cache=False).attentions[1].mean(1)
+    for item in session.last.items:
+        boundary, first, _ = item.stages
+        count = item.tokens_before
+        assert len(boundary.kept) == count
+        here = item.start + torch.arange(count)
+        score = maps[item.sample][here][:, here].sum(0)
+        _, stage, _ = pruner.schedule(count, 3)
+        dominant = score.argsort(descending=True, stable=True)[: stage.dominant].tolist()
+        rest = [i for i in range(count) if i not in dominant]
+        targets = rest[:: max(1, len(rest) // stage.contextual)][: stage.contextual]
+        assert first.kept.tolist() == sorted([*dominant, *targets])

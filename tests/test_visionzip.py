@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from families import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_laws import model_of
 
 import vlmprune
 from vlmprune.contract import Geometry, Selection, VisualTokens
@@ -252,3 +254,42 @@ def test_bfloat16_stays() -> None:
         signals[name] = signals[name].bfloat16()
     ((_, rows, _),) = run(VisionZip(keep=6), tokens_of([Geometry.grid(4, 4)], signals))
     assert rows.dtype == torch.bfloat16
+
+
+def test_on_a_model_it_equals_the_reduction_before_the_projector() -> None:
+    """The rows that the language model gets, against the tower's own attention maps and plain loops."""
+    family = FAMILIES["llava-clip-llama"]
+    model, inputs = model_of(family, "eager"), family.inputs([[1, ("image", 0), 2], [3, ("image", 1), 4]])
+    seen = []
+    with torch.no_grad(), vlmprune.prune(model, "visionzip", keep=10, contextual=0.3) as session:
+        hook = model.model.language_model.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+        )
+        model(**inputs)
+        hook.remove()
+    tower, keys = model.model.vision_tower, []
+    layers = next(
+        module for name, module in tower.named_modules() if name.endswith("encoder.layers") or name == "encoder.layers"
+    )
+    hook = layers[-2].self_attn.k_proj.register_forward_hook(lambda module, args, out: keys.append(out))
+    with torch.no_grad():
+        out = tower(inputs["pixel_values"], output_hidden_states=True, output_attentions=True)
+    hook.remove()
+    heads = model.config.vision_config.num_attention_heads
+    for number, item in enumerate(session.last.items):
+        hidden, attention = out.hidden_states[-2][number], out.attentions[-2][number].mean(0)[0, 1:]
+        key = torch.nn.functional.normalize(keys[0][number].unflatten(-1, (heads, -1)).mean(1), dim=-1)
+        dominant = sorted(attention.argsort(descending=True)[:6].tolist())  # 7 with CLS
+        rest = [i for i in range(25) if i not in dominant]
+        targets = rest[:: len(rest) // 3][:3]
+        rows = {i: hidden[i + 1] for i in dominant}
+        joined = {target: [] for target in targets}
+        for i in set(rest) - set(targets):
+            joined[max(targets, key=lambda target, i=i: float(key[i + 1] @ key[target + 1]))].append(hidden[i + 1])
+        for target, others in joined.items():
+            rows[target] = hidden[target + 1] + (sum(others) / len(others) if others else 0)
+        rows[min(set(rest) - set(targets))] = hidden[0]
+        assert item.kept.tolist() == sorted(rows)
+        with torch.no_grad():
+            theirs = model.model.multi_modal_projector(torch.stack([rows[i] for i in sorted(rows)]))
+        torch.testing.assert_close(seen[0][number, 1:11], theirs, atol=1e-4, rtol=1e-4)
