@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -164,7 +164,7 @@ def merge_tokens(
 
     Returns:
         The merged tokens `[B, K, D]` in the dtype of `x`, and the total weight of each slot, fp32 `[B, K]`; zeros
-        where `keep` is -1.
+        where `keep` is -1. Gradients pass to `x`.
 
     Raises:
         ValueError: on wrong shapes, and on indices out of range in CPU tensors.
@@ -208,6 +208,31 @@ def _merge_tokens(
 def _(x: Tensor, keep: Tensor, into: Tensor, weight: Tensor | None, reduce: str, backend: str) -> tuple[Tensor, Tensor]:
     out = x.new_empty(x.shape[0], keep.shape[1], x.shape[2])
     return out, x.new_empty(out.shape[:2], dtype=torch.float32)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, keep, into, weight, ctx.reduce, _ = inputs
+    ctx.dtype = x.dtype
+    ctx.save_for_backward(keep, into, x.new_ones(x.shape[:2]) if weight is None else weight, output[1])
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    """A token receives what its slot receives, times its share in it."""
+    if ctx.needs_input_grad[3]:
+        raise RuntimeError("merge_tokens passes gradients to x only: detach weight")
+    keep, into, weight, size = ctx.saved_tensors
+    into, weight = _own_slot(into, keep), weight.float()
+    if ctx.reduce == "target_plus_mean":
+        size = size - weight.gather(1, keep.clamp_min(0))
+    scale = torch.ones_like(size) if ctx.reduce == "sum" else torch.where(size > 0, 1 / size, 0.0)
+    share = (weight * scale.gather(1, into.clamp_min(0))).masked_fill(into < 0, 0.0)
+    if ctx.reduce == "target_plus_mean":
+        padded = torch.cat([share, share.new_empty(share.shape[0], 1)], 1)
+        share = padded.scatter_(1, torch.where(keep < 0, into.shape[1], keep), 1.0)[:, :-1]
+    return (_rows(grad.float(), into) * share[..., None]).to(ctx.dtype), None, None, None, None, None
+
+
+_merge_tokens.register_autograd(_backward, setup_context=_save)
 
 
 def _outside(index: Tensor, n: int) -> bool:

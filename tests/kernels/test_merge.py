@@ -196,3 +196,26 @@ def test_compiled_as_one_op():
     compiled = torch.compile(merge_tokens, fullgraph=True, backend="aot_eager")
     for got, want in zip(compiled(x, keep, into), merge_tokens(x, keep, into), strict=True):
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("reduce", ["mean", "sum", "target_plus_mean"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_gradients(backend, device, reduce, weighted):
+    """Those of the definition written out, for `x`; a weight that asks for one is refused."""
+    torch.manual_seed(1)
+    keep = torch.tensor([[0, 5, -1], [1, 2, 6]])
+    into = torch.tensor([[0, 1, 1, -1, 0, 0, 1], [0, 0, 1, 2, -1, 2, 2]])
+    x, weight = torch.randn(2, 7, 4), torch.rand(2, 7) + 0.5 if weighted else torch.ones(2, 7)
+    grad = torch.randn(2, 3, 4)
+    mine = x.clone().to(device).requires_grad_()
+    args = (keep.to(device), into.to(device))
+    out, _ = merge_tokens(mine, *args, weight=weight.to(device) if weighted else None, reduce=reduce, backend=backend)
+    out.backward(grad.to(device))
+    plain = x.double().requires_grad_()
+    expected, _ = naive_merge(plain, keep, into, weight, reduce)
+    expected.backward(grad.double())
+    torch.testing.assert_close(mine.grad.cpu().double(), plain.grad, atol=1e-5, rtol=1e-5)
+    weight = weight.to(device).requires_grad_()
+    out, _ = merge_tokens(mine, *args, weight=weight, reduce=reduce, backend=backend)
+    with pytest.raises(RuntimeError, match="detach weight"):
+        out.sum().backward()

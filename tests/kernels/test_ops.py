@@ -18,7 +18,7 @@ CASES = {
         for rows in (False, True)
         for per_head in (False, True)
     ],
-    "merge_tokens": [(x, keep, into, None, "mean", "torch")],
+    "merge_tokens": [(x.clone().requires_grad_(), keep, into, None, "mean", "torch")],
     "compact": [(keep, [x, mask, torch.randn(3, 2, 7)], [1, 1, 2], [0.0, 0.0, 1.0], "torch")],
 }
 
