@@ -41,6 +41,15 @@ def composed(first: str = "divprune", keep: vlmprune.Keep = 0.6, positions: Any 
     )
 
 
+def wrapped(kind: Callable[[vlmprune.Pruner], vlmprune.Pruner]) -> Callable[..., vlmprune.Pruner]:
+    """A wrapper around a method by name."""
+
+    def make(method: str = "divprune", keep: vlmprune.Keep = 0.3, **fields: Any) -> vlmprune.Pruner:
+        return kind(vlmprune.create_pruner(method, keep=keep, **{"positions": "original", **fields}))
+
+    return make
+
+
 @dataclass
 class PrunerCase:
     """A pruner and two settings of it, easy and hard, each with `keep` well below 1."""
@@ -62,6 +71,16 @@ PRUNERS = {
         PrunerCase("pool"),
         PrunerCase("random", ({"keep": 0.3, "seed": 3}, {"keep": 4})),
         PrunerCase("uniform"),
+        PrunerCase("pyramiddrop", ({"keep": 0.5}, {"keep": 20})),
+        PrunerCase("transprune", ({"keep": 0.5}, {"keep": 20, "alpha": 1.0})),
+        PrunerCase("mmtok"),
+        PrunerCase("cdpruner", ({"keep": 0.3}, {"keep": 4, "theta": 0.5})),
+        # The second stage keeps all, then none.
+        PrunerCase("todre", ({"keep": 0.3, "tau": 1e-6}, {"keep": 4, "tau": 2.0})),
+        # At the boundary; behind a decoder layer, or merging inside a scope.
+        PrunerCase("merge", ({}, {"method": "fastv", "keep": 0.6, "layer": 1}), wrapped(vlmprune.Merge)),
+        PrunerCase("per_tile", ({"method": "mmtok"}, {"method": "pool"}), wrapped(vlmprune.PerTile)),
+        PrunerCase("per_frame", ({"method": "cdpruner"}, {}), wrapped(vlmprune.PerFrame)),
         # Two stages inside the decoder; the boundary and a stage that removes every visual token.
         PrunerCase("staged", ({}, {"schedule": ((0, 0.5), (1, 0.25), (2, 0.0))}), Staged),
         PrunerCase("compose", ({}, {"first": "pool"}), composed),

@@ -6,9 +6,10 @@ import functools
 import math
 import numbers
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
-from vlmprune.contract import Keep
+from vlmprune.contract import Keep, Pruner
 
 T = TypeVar("T")
 
@@ -42,6 +43,45 @@ def stage_counts(count: int, keep: Keep, layers: Sequence[int], ratios: Sequence
         ValueError: the layers before the first stage alone exceed the average.
     """
     return list(_counts(count, keep, tuple(layers), tuple(ratios), depth))
+
+
+@dataclass(kw_only=True)
+class StagedPruner(Pruner):
+    """A pruner that leaves a share of an item's original tokens behind each of several decoder layers.
+
+    Attributes:
+        layer_list: layers before which it chooses, ascending from 1, in a model of `model_depth` layers; scaled to the
+            depth of any other (`stage_layers`).
+        ratios: share of the original tokens left behind each; raised to a common power where `keep` is not the average
+            they give (`stage_counts`).
+    """
+
+    layer_list: tuple[int, ...] = ()
+    ratios: tuple[float, ...] = ()
+    model_depth: int = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_schedule(self.name, self.layer_list, self.ratios)
+        if self.layer_list[-1] >= self.model_depth:
+            raise ValueError(
+                f"{self.name} has no layer {self.layer_list[-1]} in a model of {self.model_depth} layers: set "
+                "model_depth= to the depth of the model that layer_list is meant for"
+            )
+
+    def layers(self, depth: int) -> tuple[int, ...]:
+        return stage_layers(self.layer_list, depth, self.model_depth)
+
+    def budget(self, counts: Sequence[int], layer: int = 0, depth: int = 32) -> Sequence[int | None]:
+        layers, ratios = self.layers(depth), stage_ratios(self.layer_list, self.ratios, depth, self.model_depth)
+        return [
+            (count, *stage_counts(count, self.keep, layers, ratios, depth))[self._stage(layer, depth)]
+            for count in counts
+        ]
+
+    def _stage(self, layer: int, depth: int) -> int:
+        """Stages at or before `layer`."""
+        return sum(each <= layer for each in self.layers(depth))
 
 
 def check_schedule(method: str, layers: Sequence[int], ratios: Sequence[float]) -> None:
