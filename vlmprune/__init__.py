@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from vlmprune.contract import Geometry, Item, Keep, Positions, Pruner, Selection, VisualTokens
     from vlmprune.flops import estimate_flops
     from vlmprune.pruners import (
+        ATP,
+        ATPCalibrated,
         CDPruner,
         Compose,
         DivPrune,
@@ -55,6 +57,8 @@ _lazy = {
     "ItemReport": "vlmprune.report",
     "StageReport": "vlmprune.report",
     "estimate_flops": "vlmprune.flops",
+    "ATP": "vlmprune.pruners",
+    "ATPCalibrated": "vlmprune.pruners",
     "Compose": "vlmprune.pruners",
     "DivPrune": "vlmprune.pruners",
     "FastV": "vlmprune.pruners",
@@ -74,6 +78,8 @@ _lazy = {
 }
 
 __all__ = [
+    "ATP",
+    "ATPCalibrated",
     "CDPruner",
     "Compose",
     "DivPrune",

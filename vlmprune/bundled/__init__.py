@@ -43,6 +43,11 @@ def model_path() -> Path:
     return _HERE / "digit-llava"
 
 
+def atp_weights() -> Path:
+    """Folder of ATP's threshold modules for the bundled model: `vlmprune.ATP(weights=bundled.atp_weights())`."""
+    return _HERE / "digit-llava-atp"
+
+
 def load(dtype: torch.dtype | None = None) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """The bundled model in evaluation mode, float32 unless `dtype` says otherwise, on the CPU, and its processor."""
     import torch

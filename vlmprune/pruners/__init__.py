@@ -1,5 +1,6 @@
 """One method a file; importing this package registers them all."""
 
+from vlmprune.pruners.atp import ATP, ATPCalibrated
 from vlmprune.pruners.cdpruner import CDPruner
 from vlmprune.pruners.compose import Compose
 from vlmprune.pruners.divprune import DivPrune
@@ -17,6 +18,8 @@ from vlmprune.pruners.visiondrop import VisionDrop
 from vlmprune.pruners.visionzip import VisionZip
 
 __all__ = [
+    "ATP",
+    "ATPCalibrated",
     "CDPruner",
     "Compose",
     "DivPrune",
