@@ -13,13 +13,15 @@ import torch
 
 Dropped = dict[int, torch.Tensor]
 """Layer -> bool [B, S]: columns that are gone from that layer on (0: from the start)."""
+Merged = dict[int, list[tuple[int, int, torch.Tensor]]]
+"""Layer -> rows ([D] at a sample and column) that replace what enters it (0: the model's inputs)."""
 
 
 def everything_visible(inputs: dict[str, Any]) -> Dropped:
     return {0: torch.zeros_like(inputs["input_ids"], dtype=torch.bool)}
 
 
-def _layer_hook(model: Any, layer: int, inputs: dict[str, Any], dropped: Dropped, policy: str) -> Any:
+def _layer_hook(model: Any, layer: int, inputs: dict[str, Any], dropped: Dropped, policy: str, rows: list[Any]) -> Any:
     real = inputs["attention_mask"].bool()
     gone = dropped[max(stage for stage in dropped if stage <= layer)]
     alive = real & ~gone
@@ -35,22 +37,26 @@ def _layer_hook(model: Any, layer: int, inputs: dict[str, Any], dropped: Dropped
     language_model = model.model.language_model
 
     def write(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        hidden = args[0]
+        hidden = _replaced(args[0], rows)
         mask = torch.zeros(allowed.shape, dtype=hidden.dtype).masked_fill(~allowed, torch.finfo(hidden.dtype).min)
         changed = {"attention_mask": mask[:, None]}
         if policy == "compact":
             changed["position_embeddings"] = language_model.rotary_emb(hidden, positions)
-        return args, {**kwargs, **changed}
+        return (hidden, *args[1:]), {**kwargs, **changed}
 
     return write
 
 
+def _replaced(hidden: torch.Tensor, rows: list[tuple[int, int, torch.Tensor]]) -> torch.Tensor:
+    hidden = hidden.clone() if rows else hidden
+    for sample, column, row in rows:
+        hidden[sample, column] = row
+    return hidden
+
+
 def _rows_hook(rows: list[tuple[int, int, torch.Tensor]]) -> Any:
     def write(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        embeds = kwargs["inputs_embeds"].clone()
-        for sample, column, row in rows:
-            embeds[sample, column] = row
-        return args, {**kwargs, "inputs_embeds": embeds}
+        return args, {**kwargs, "inputs_embeds": _replaced(kwargs["inputs_embeds"], rows)}
 
     return write
 
@@ -63,11 +69,11 @@ def run(
     policy: str,
     steps: int,
     forced: torch.Tensor,
-    merged: list[tuple[int, int, torch.Tensor]],
+    merged: Merged,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Prefill logits [B, S, V], and logits [B, V] of the prefill's last token and of each of `steps` decode steps.
 
-    Step t is fed `forced[:, t]`. `merged` holds rows ([D] at a sample and column) that replace the model's inputs.
+    Step t is fed `forced[:, t]`.
     """
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     gone, scores = dict(dropped), []
@@ -76,11 +82,12 @@ def run(
     for step in range(steps + 1):
         full = {**inputs, "input_ids": ids, "attention_mask": mask, "use_cache": False}
         with ExitStack() as hooks:
-            if merged:
-                hook = language_model.register_forward_pre_hook(_rows_hook(merged), with_kwargs=True)
-                hooks.callback(hook.remove)
+            hook = language_model.register_forward_pre_hook(_rows_hook(merged.get(0, [])), with_kwargs=True)
+            hooks.callback(hook.remove)
             for number, layer in enumerate(language_model.layers):
-                hook = layer.register_forward_pre_hook(_layer_hook(model, number, full, gone, policy), with_kwargs=True)
+                rows = merged.get(number, []) if number else []
+                write = _layer_hook(model, number, full, gone, policy, rows)
+                hook = layer.register_forward_pre_hook(write, with_kwargs=True)
                 hooks.callback(hook.remove)
             if policy == "original" and "mm_token_type_ids" not in full:  # M-RoPE: the model's own
                 full["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)

@@ -43,7 +43,7 @@ def test_beam_search_equals_the_oracle(family: Any, policy: str) -> None:
             lost = ~torch.isin(torch.arange(item.tokens_before), item.kept)
             dropped[0][item.sample, columns_of(item)[lost]] = True
     answer = out.sequences[:, wide["input_ids"].shape[1] :]
-    _, scores = oracle.run(model, wide, dropped, policy, steps - 1, answer, [])
+    _, scores = oracle.run(model, wide, dropped, policy, steps - 1, answer, {})
     total = torch.zeros(4)
     for step, logits in enumerate(scores):
         total += logits.log_softmax(-1).gather(1, answer[:, step : step + 1])[:, 0]
@@ -97,7 +97,7 @@ def test_second_turn_with_a_new_image(family: Any, policy: str, attention: str) 
     for item in kept:
         lost = ~torch.isin(torch.arange(item.tokens_before), item.kept)
         dropped[0][0, columns_of(item)[lost]] = True
-    _, scores = oracle.run(model, whole, dropped, policy, 3, out.sequences[:, -4:], [])
+    _, scores = oracle.run(model, whole, dropped, policy, 3, out.sequences[:, -4:], {})
     for mine, theirs in zip(out.logits, scores):
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
 
@@ -250,13 +250,13 @@ def test_beam_search_and_second_turn_inside_the_decoder() -> None:
             two = session.last
         answer = beams.sequences[:, inputs["input_ids"].shape[1] :]
         dropped = {layer: gone[:1] for layer, gone in dropped_of_first_row(searched, inputs).items()}
-        _, scores = oracle.run(model, inputs, dropped, policy, 4, answer, [])
+        _, scores = oracle.run(model, inputs, dropped, policy, 4, answer, {})
         total = sum(s.log_softmax(-1).gather(1, answer[:, i : i + 1])[0, 0] for i, s in enumerate(scores))
         torch.testing.assert_close(beams.sequences_scores[0], total / 5, atol=1e-4, rtol=0)
         whole = {**both, "pixel_values": LLAVA.inputs([[("image", 0), ("image", 1)]])["pixel_values"]}
         turns = [dropped_of(report, whole) for report in (one, two)]
         dropped = {layer: turns[0][layer] | turns[1][layer] for layer in turns[0]}
-        _, scores = oracle.run(model, whole, dropped, policy, 3, out.sequences[:, -4:], [])
+        _, scores = oracle.run(model, whole, dropped, policy, 3, out.sequences[:, -4:], {})
         for mine, theirs in zip(out.logits, scores):
             torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
 

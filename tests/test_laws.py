@@ -55,33 +55,54 @@ def dropped_of(report: Any, inputs: dict[str, Any]) -> dict[int, torch.Tensor]:
     return dropped
 
 
-def embedded(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-    """[B, S, D]: what the unpruned language model is given."""
-    seen = []
-    hook = model.model.language_model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
-    )
-    with torch.no_grad():
-        model(**inputs)
-    hook.remove()
-    return seen[0]
+class Recorded:
+    """What a pruner chose, call by call, while the block runs."""
+
+    def __init__(self, pruner: vlmprune.Pruner) -> None:
+        self.cls, self.calls = type(pruner), []
+
+    def __enter__(self) -> list[tuple[int, vlmprune.Selection]]:
+        plain = self.cls.select
+
+        def select(pruner: Any, tokens: vlmprune.VisualTokens, budget: torch.Tensor) -> vlmprune.Selection:
+            selection = plain(pruner, tokens, budget)
+            self.calls.append((tokens.layer, selection))
+            return selection
+
+        self.own, self.cls.select = vars(self.cls).get("select"), select
+        return self.calls
+
+    def __exit__(self, *exception: object) -> None:
+        if self.own is None:
+            del self.cls.select
+        else:
+            self.cls.select = self.own
 
 
-def merged_rows(model: Any, inputs: dict[str, Any], report: Any, name: str) -> list[tuple[int, int, torch.Tensor]]:
-    """Pool's rows computed afresh: the mean over each kept token's cell of what the model would be given."""
-    if not report.changed or not any(item.merged.any() for item in report.items):
-        return []
-    from vlmprune.pruners._grid import cell_of
-
-    embeds, rows = embedded(model, inputs), []
-    for item in report.items:
-        if item.tokens_after == item.tokens_before:
-            continue
-        columns, cells = columns_of(item), cell_of(item.geometry, len(item.kept))
-        for token in item.kept.tolist():
-            mean = embeds[item.sample, columns[cells == cells[token]]].mean(0)
-            rows.append((item.sample, int(columns[token]), mean))
-    return rows
+def merged_rows(report: Any, pruner: vlmprune.Pruner, calls: list[tuple[int, vlmprune.Selection]]) -> oracle.Merged:
+    """The rows that the pruner gave in exchange, at the layers and columns where they belong."""
+    merged: oracle.Merged = {}
+    depth = len(report.layer_tokens)
+    left = [torch.arange(item.tokens_before) for item in report.items]
+    selections = dict(calls)
+    assert len(selections) == len(calls)
+    for layer in sorted({stage.layer for item in report.items for stage in item.stages}):
+        budgets = pruner.budget([item.tokens_before for item in report.items], layer, depth)
+        chosen = [
+            number
+            for number, keep in enumerate(budgets)
+            if len(left[number]) and (keep is None or 0 < keep < len(left[number]))
+        ]
+        selection = selections.get(layer)
+        if selection is not None and selection.features is not None:
+            assert len(chosen) == len(selection.index)
+            for number, index, rows in zip(chosen, selection.index, selection.features):
+                item, columns = report.items[number], columns_of(report.items[number])
+                for token, row in zip(index[index >= 0].tolist(), rows):
+                    merged.setdefault(layer, []).append((item.sample, int(columns[left[number][token]]), row))
+        for number, item in enumerate(report.items):
+            (left[number],) = (stage.kept for stage in item.stages if stage.layer == layer)
+    return merged
 
 
 def prefill(model: Any, pruner: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
@@ -140,11 +161,11 @@ def test_oracle(family: FamilyCase, batch: str, pruner: str, hard: bool, policy:
     model, inputs = model_of(family, attention), family.inputs(BATCHES[batch])
     method = PRUNERS[pruner].make(hard, positions=policy)
     logits, report = prefill(model, method, inputs)
-    with vlmprune.prune(model, method) as session:
+    with vlmprune.prune(model, method) as session, Recorded(method) as calls:
         out = generate(model, inputs)
     dropped = dropped_of(session.last, inputs)
     assert bool(dropped[max(dropped)].any()) == (batch != "text") == session.last.changed
-    merged = merged_rows(model, inputs, session.last, pruner)
+    merged = merged_rows(session.last, method, calls)
     forced = out.sequences[:, inputs["input_ids"].shape[1] :]
     full, scores = oracle.run(model, inputs, dropped, policy, STEPS - 1, forced, merged)
     for step, (mine, theirs) in enumerate(zip(out.logits, scores)):
@@ -236,11 +257,12 @@ def test_truth(family: FamilyCase, pruner: str, batch: str) -> None:
             assert [stage.layer for stage in item.stages] == list(method.layers(3))
             for stage in item.stages:
                 wanted = method.budget([item.tokens_before], stage.layer, 3)[0]
-                assert len(stage.kept) == wanted < item.tokens_before
+                wanted = len(stage.kept) if wanted is None else wanted
+                assert len(stage.kept) == wanted <= item.tokens_before
                 assert stage.kept.dtype == torch.int64
                 assert (stage.kept[1:] > stage.kept[:-1]).all()
                 assert ((stage.kept >= 0) & (stage.kept < item.tokens_before)).all()
-            assert item.tokens_after == wanted
+            assert item.tokens_after == wanted < item.tokens_before
             assert len(item.kept) == (len(item.stages[0].kept) if item.stages[0].layer == 0 else item.tokens_before)
         if not report.changed:
             assert batch == "text"

@@ -24,7 +24,7 @@ both_places = pytest.mark.parametrize("pruner", ["divprune", "staged"])
 
 def check_against_oracle(model: Any, inputs: dict[str, Any], out: Any, report: Any) -> None:
     forced = out.sequences[:, inputs["input_ids"].shape[1] :]
-    _, scores = oracle.run(model, inputs, dropped_of(report, inputs), report.pruner.positions, STEPS - 1, forced, [])
+    _, scores = oracle.run(model, inputs, dropped_of(report, inputs), report.pruner.positions, STEPS - 1, forced, {})
     for mine, theirs in zip(out.logits, scores):
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
 
