@@ -5,6 +5,7 @@ from vlmprune.pruners.cdpruner import CDPruner
 from vlmprune.pruners.compose import Compose
 from vlmprune.pruners.divprune import DivPrune
 from vlmprune.pruners.fastv import FastV
+from vlmprune.pruners.globalcom2 import GlobalCom2
 from vlmprune.pruners.merge import Merge
 from vlmprune.pruners.mmtok import MMTok
 from vlmprune.pruners.pool import Pool
@@ -24,6 +25,7 @@ __all__ = [
     "Compose",
     "DivPrune",
     "FastV",
+    "GlobalCom2",
     "MMTok",
     "Merge",
     "PerFrame",
