@@ -8,10 +8,11 @@ from typing import Any
 
 import av
 import numpy as np
-from families import END, IMAGE, START, VIDEO
+from families import END, IMAGE, PINPOINTS, START, VIDEO
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessor,
+    GotOcr2ImageProcessor,
     InternVLProcessor,
     InternVLVideoProcessor,
     LlavaNextImageProcessor,
@@ -126,20 +127,21 @@ def processor(family: str) -> Any:
             setattr(tokens, f"{name}_id", tokens.convert_tokens_to_ids(token))
         square = {"size": {"height": 24, "width": 24}}
         return InternVLProcessor(
-            CLIPImageProcessor(**square), tokens, InternVLVideoProcessor(**square), image_seq_length=9
+            GotOcr2ImageProcessor(**square), tokens, InternVLVideoProcessor(**square), image_seq_length=9
         )
     if family == "llava-onevision":
         return LlavaOnevisionProcessor(
-            LlavaOnevisionImageProcessor(**tiles),
+            LlavaOnevisionImageProcessor(size=tiles["size"], image_grid_pinpoints=PINPOINTS),
             tokenizer(**llava),
             LlavaOnevisionVideoProcessor(size=tiles["size"]),
             num_image_tokens=16,
             vision_feature_select_strategy="full",
+            vision_aspect_ratio="anyres_max_2",
         )
     if family == "llava-next-video":
         return LlavaNextVideoProcessor(
             LlavaNextVideoVideoProcessor(**tiles),
-            LlavaNextImageProcessor(**tiles),
+            LlavaNextImageProcessor(**tiles, image_grid_pinpoints=PINPOINTS),
             tokenizer(**llava),
             patch_size=4,
             vision_feature_select_strategy="default",

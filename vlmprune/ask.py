@@ -224,6 +224,46 @@ def prompt_inputs(
     Raises:
         ValueError: an empty question, or one that holds a placeholder.
     """
+    return batch_inputs(processor, [(question, images, clips)])
+
+
+def batch_inputs(processor: Any, prompts: Sequence[tuple[str, Sequence[Image.Image], Sequence[Clip]]]) -> BatchFeature:
+    """What `prompt_inputs` makes, for several prompts of (question, images, clips) at once, padded to one length.
+
+    Raises:
+        ValueError: an empty question, or one that holds a placeholder.
+    """
+    parts = [_prompt(processor, *prompt) for prompt in prompts]
+    texts = [text for text, _, _ in parts]
+    images = [image for _, images, _ in parts for image in images]
+    clips = [clip for _, _, clips in parts for clip in clips]
+    # A template that writes the BOS token itself must not get a second one.
+    bos = getattr(processor.tokenizer, "bos_token", None)
+    extra: dict[str, Any] = {}
+    if clips:
+        least = getattr(processor.video_processor, "temporal_patch_size", None) or 1
+        extra["videos"] = [_frames(clip, least) for clip in clips]
+        extra["video_metadata"] = [clip.metadata() for clip in clips]
+        extra["do_sample_frames"] = False
+    try:
+        return processor(
+            images=images or None,
+            text=texts,
+            return_tensors="pt",
+            padding=len(texts) > 1,
+            add_special_tokens=not (bos and texts[0].startswith(bos)),
+            **extra,
+        )
+    except ValueError:
+        if len({len(clip) for clip in clips}) > 1:
+            raise ValueError("this family takes several videos only with equally many frames each.") from None
+        raise
+
+
+def _prompt(
+    processor: Any, question: str, images: Sequence[Image.Image], clips: Sequence[Clip]
+) -> tuple[str, list[Image.Image], list[Clip]]:
+    """The text of a prompt, and the images and clips that its placeholders stand for."""
     clips, images = list(clips), list(images)
     if clips and getattr(processor, "video_processor", None) is None:
         clips, images = [], [*(frame for clip in clips for frame in clip.images), *images]
@@ -240,20 +280,13 @@ def prompt_inputs(
         prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     else:
         prompt = "".join(f"{marks[kind]}\n" for kind in kinds) + question
-    # A template that writes the BOS token itself must not get a second one.
-    bos = getattr(processor.tokenizer, "bos_token", None)
-    extra: dict[str, Any] = {}
-    if clips:
-        extra["videos"] = [torch.from_numpy(np.ascontiguousarray(clip.frames)).movedim(-1, 1) for clip in clips]
-        extra["video_metadata"] = [clip.metadata() for clip in clips]
-        extra["do_sample_frames"] = False
-    return processor(
-        images=images or None,
-        text=prompt,
-        return_tensors="pt",
-        add_special_tokens=not (bos and prompt.startswith(bos)),
-        **extra,
-    )
+    return prompt, images, clips
+
+
+def _frames(clip: Clip, least: int) -> torch.Tensor:
+    """uint8 [T, 3, H, W]; the last frame is repeated where there are fewer than `least`."""
+    frames = torch.from_numpy(np.ascontiguousarray(clip.frames)).movedim(-1, 1)
+    return torch.cat([frames, *[frames[-1:]] * (least - len(frames))])
 
 
 class _Clock(BaseStreamer):
