@@ -18,7 +18,7 @@ GOLDEN = sorted((Path(__file__).parent / "golden").glob("globalcom2_*.npz"))
 
 
 def packed(side: int, grid: tuple[int, int], size: tuple[int, int]) -> Geometry:
-    """Thumbnail; tiles (rows, columns) without the padding of an image (width, height); a line break behind each row."""
+    """Thumbnail, then tiles (rows, columns) without the padding of an image (width, height), a line break a row."""
     down, across = grid
     row, col = torch.meshgrid(torch.arange(down * side), torch.arange(across * side), indexing="ij")
     tile = 1 + row // side * across + col // side

@@ -5,14 +5,18 @@ from vlmprune.pruners.cdpruner import CDPruner
 from vlmprune.pruners.compose import Compose
 from vlmprune.pruners.divprune import DivPrune
 from vlmprune.pruners.fastv import FastV
+from vlmprune.pruners.fopru import FoPru
 from vlmprune.pruners.globalcom2 import GlobalCom2
 from vlmprune.pruners.merge import Merge
 from vlmprune.pruners.mmtok import MMTok
+from vlmprune.pruners.pitome import PiToMe
 from vlmprune.pruners.pool import Pool
 from vlmprune.pruners.pyramiddrop import PyramidDrop
 from vlmprune.pruners.random import Random
 from vlmprune.pruners.scope import PerFrame, PerTile
+from vlmprune.pruners.sparsevlm import SparseVLM
 from vlmprune.pruners.todre import ToDRE
+from vlmprune.pruners.tome import ToMe
 from vlmprune.pruners.transprune import TransPrune
 from vlmprune.pruners.uniform import Uniform
 from vlmprune.pruners.visiondrop import VisionDrop
@@ -25,15 +29,19 @@ __all__ = [
     "Compose",
     "DivPrune",
     "FastV",
+    "FoPru",
     "GlobalCom2",
     "MMTok",
     "Merge",
     "PerFrame",
     "PerTile",
+    "PiToMe",
     "Pool",
     "PyramidDrop",
     "Random",
+    "SparseVLM",
     "ToDRE",
+    "ToMe",
     "TransPrune",
     "Uniform",
     "VisionDrop",

@@ -63,6 +63,13 @@ class Pictures:
         """[I, P, ...] with a row for each picture -> [R, ...]."""
         return signal[self._item, self.number.to(signal.device, non_blocking=True)]
 
+    def back(self, chosen: Tensor, width: int) -> Tensor:
+        """bool [R, n] -> bool [I, width]: what is chosen of the pictures, of their items."""
+        items = int(self.item.max()) + 1
+        flat = torch.zeros(items * width + 1, dtype=torch.bool, device=chosen.device)
+        place = torch.where(self.inside, self._item[:, None] * width + self._member, items * width)
+        return flat.scatter(0, place.flatten(), chosen.flatten())[:-1].view(items, width)
+
     def collect(self, index: Tensor, used: Tensor, *more: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Put what the pictures of every item keep one behind the other.
 

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import numbers
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from vlmprune.contract import Geometry, Keep, Positions, Pruner, Selection, VisualTokens
+from vlmprune.pruners._pictures import Pictures, picture_of
+from vlmprune.pruners._schedule import truncate
+from vlmprune.pruners._top import top_indices
+from vlmprune.registry import register_pruner
+
+_SCORES = {"received": "received_attention", "cls": "cls_attention"}
+
+
+@register_pruner
+@dataclass(kw_only=True)
+class FoPru(Pruner):
+    """Keep the patches, or the rows of the picture, that receive most attention inside the vision tower.
+
+    Jiang et al., "FoPru: Focal Pruning for Efficient Large Vision-Language Models", arXiv 2411.14164. Training-free,
+    blind to the question. Significance of a patch: the attention it receives from all patches, mean over these and over
+    heads, in the layer that makes the features. "rank" keeps the most significant patches, "row" whole rows of the
+    picture by the sum over them; both in raster order. Each picture of an item (thumbnail, tile, frame) keeps the same
+    share, and no line breaks.
+
+    There is no official code. The only other one known takes logits in place of attention, and of the means over
+    columns and rows the one with the larger variance (`significance`); behind the softmax a mean over rows is the same
+    for all patches but for what they give to CLS, so here it is columns. Counts are rounded down, to at least one. In
+    "row" mode an item keeps int(rows * keep) rows of each picture, never more than `keep` but for that one.
+
+    Attributes:
+        mode: "rank" or "row".
+        score: "received", or "cls": the attention of the CLS token.
+    """
+
+    keep: Keep = 0.25
+    positions: Positions = "compact"
+    mode: Literal["rank", "row"] = "rank"
+    score: Literal["received", "cls"] = "received"
+
+    name: ClassVar[str] = "fopru"
+    paper: ClassVar[str] = "arXiv 2411.14164"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mode not in ("rank", "row"):
+            raise ValueError(f'mode must be "rank" or "row", got {self.mode!r}')
+        if self.score not in _SCORES:
+            raise ValueError(f'score must be "received" or "cls", got {self.score!r}')
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({_SCORES[self.score]})
+
+    def budget(self, counts: Sequence[int], layer: int = 0, depth: int = 1) -> Sequence[int | None]:
+        kept = [self._share(count, count) for count in counts]
+        if self.mode == "rank":
+            return kept
+        return [keep if keep == count else None for keep, count in zip(kept, counts)]
+
+    def _share(self, parts: int, count: int) -> int:
+        """Of `parts` equal parts of an item of `count` tokens, how many stay: rounded down, at least one."""
+        ratio = self.keep / count if isinstance(self.keep, numbers.Integral) else self.keep
+        return max(1, min(parts, truncate(parts * ratio)))
+
+    def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
+        pictures = Pictures(tokens, budget)
+        scores = pictures.rows(tokens.signal(_SCORES[self.score])).masked_fill(~pictures.placed, -torch.inf)
+        if self.mode == "rank":
+            index = top_indices(scores, pictures.budget)
+            used = torch.arange(index.shape[1]) < pictures.budget[:, None]
+            return Selection(pictures.collect(index, used)[0])
+        lines = [line_of(shape) for shape in tokens.geometry]
+        rows = pad_sequence(lines, batch_first=True).to(scores.device, non_blocking=True)
+        line = pictures.rows(rows)
+        many = [
+            1 + int(lines[item][picture_of(tokens.geometry[item]) == number].max())
+            for item, number in zip(pictures.item.tolist(), pictures.number.tolist())
+        ]
+        keep = [self._share(rows, tokens.counts[item]) for rows, item in zip(many, pictures.item.tolist())]
+        stays = best_rows(scores, line, torch.tensor(many), torch.tensor(keep))
+        width = tokens.features.shape[1]
+        chosen = pictures.back(stays & pictures.placed, width)
+        index = torch.where(chosen, torch.arange(width, device=chosen.device), width).sort(dim=1).values
+        return Selection(index.masked_fill(index == width, -1))
+
+
+def significance(attention: Tensor) -> Tensor:
+    """Token significance [..., N] from attention [..., H, N, N]: means over queries or over keys, whichever vary more.
+
+    Mean over heads first; unbiased variances over the N tokens, the mean over keys in a tie.
+    """
+    mean = attention.float().mean(-3)
+    received, given = mean.mean(-2), mean.mean(-1)
+    return torch.where(received.var(-1, keepdim=True) > given.var(-1, keepdim=True), received, given)
+
+
+def best_rows(scores: Tensor, line: Tensor, many: Tensor, keep: Tensor) -> Tensor:
+    """bool [B, N]: tokens of the rows whose scores sum to most.
+
+    Args:
+        scores: fp32 [B, N], -inf for tokens that have no row.
+        line: int64 [B, N], row of each token.
+        many, keep: int64 [B], on the CPU: rows there are, and how many stay.
+    """
+    number = torch.arange(int(many.max()), device=scores.device)
+    inside = scores > -torch.inf
+    member = ((line[:, None] == number[:, None]) & inside[:, None]).float()
+    total = (member @ torch.where(inside, scores, 0.0)[..., None])[..., 0]
+    there = (torch.arange(len(number)) < many[:, None]).to(scores.device, non_blocking=True)
+    best = top_indices(total.masked_fill(~there, -torch.inf), keep)
+    stays = torch.zeros(len(scores), len(number) + 1, dtype=torch.bool, device=scores.device)
+    stays = stays.scatter(1, torch.where(best < 0, len(number), best), True)[:, :-1]
+    return stays.gather(1, line) & inside
+
+
+def line_of(geometry: Geometry) -> Tensor:
+    """int64 [N]: each token's row, counted from the first of its own picture (0 for tokens that show no place)."""
+    picture, placed = picture_of(geometry), ~geometry.placeless
+    first = torch.full((max(len(geometry.pictures), 1),), torch.iinfo(torch.int64).max)
+    first = first.scatter_reduce(0, picture[placed], geometry.row[placed], "amin")
+    return torch.where(placed, geometry.row - first[picture.clamp(min=0)], 0)
