@@ -267,6 +267,17 @@ def _glyph(rng: np.random.Generator, image: np.ndarray, size: int) -> np.ndarray
     return np.minimum(ink, 1.0)
 
 
+def _sprite(
+    rng: np.random.Generator, split: Split, digit: int, colour: str, size: int
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Opacity float32 `[size, size]` and paint float32 `[3]` in 0..255 of a digit, and its row in `load_digits`."""
+    images, rows = _digits(split)[digit]
+    pick = rng.integers(len(rows))
+    ink = _glyph(rng, images[pick], size) * np.float32(rng.uniform(0.8, 1.0))
+    paint = np.clip(np.array(COLOURS[colour]) + rng.uniform(-20, 20, 3), 0, 255).astype(np.float32)
+    return ink, paint, int(rows[pick])
+
+
 def _spread(rng: np.random.Generator, sizes: np.ndarray) -> np.ndarray:
     """Top-left corners int `[n, 2]` (x, y): squares inside the image, centres at least 17 pixels apart in x or y."""
     while True:
@@ -289,14 +300,11 @@ def _compose(
     pixels, background = _background(rng, split, photo_share)
     objects = []
     for value, colour, size, (left, top) in zip(values, colours, sizes, corners, strict=True):
-        images, rows = _digits(split)[int(value)]
-        pick = rng.integers(len(rows))
-        ink = _glyph(rng, images[pick], int(size)) * np.float32(rng.uniform(0.8, 1.0))
-        paint = np.clip(np.array(COLOURS[colour]) + rng.uniform(-20, 20, 3), 0, 255).astype(np.float32)
+        ink, paint, source = _sprite(rng, split, int(value), str(colour), int(size))
         area = pixels[top : top + size, left : left + size]
         area += (paint - area) * ink[..., None]
         box = (int(left), int(top), int(left + size), int(top + size))
-        objects.append(SceneObject(int(value), str(colour), box, int(rows[pick]), ink))
+        objects.append(SceneObject(int(value), str(colour), box, source, ink))
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)), tuple(objects), background
 
 
