@@ -20,7 +20,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,10 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from PIL import Image
+from questions import Questions, collate, load
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from vlmprune import bundled
 from vlmprune.adapters import adapter_for
 from vlmprune.contract import Item
 from vlmprune.pruners._schedule import layer_average, stage_layers
@@ -204,75 +203,6 @@ class Training(nn.Module):
         loss = answer + self.settings.lambda_atp * depth + self.settings.lambda_target * target_loss
         right = ((logits.argmax(-1) == target) | ~replies).all(1)
         return {"loss": loss, "answer": answer, "target": target_loss, "kept": share, "right": right}
-
-
-class Questions(Dataset):
-    """(image, question, answer) of scenes, or of a JSON Lines file."""
-
-    def __init__(self, data: str | None, split: str = "train", scenes: int = 0, seed: int = 0) -> None:
-        self.folder = Path(data).parent if data else None
-        if data:
-            lines = Path(data).read_text(encoding="utf-8").splitlines()
-            self.rows = [json.loads(line) for line in lines if line.strip()]
-            # Every tenth is held out for measuring.
-            self.rows = [row for i, row in enumerate(self.rows) if (i % 10 == 0) == (split != "train")]
-        else:
-            from vlmprune.scenes import digit_scenes
-
-            self.rows = [
-                {"image": scene.image, "question": question.text, "answer": question.answer}
-                for scene in digit_scenes(split, scenes, seed)  # type: ignore[arg-type]
-                for question in scene.questions
-            ]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, str, str]:
-        row = self.rows[index]
-        image = row["image"]
-        if self.folder is not None:
-            with Image.open(self.folder / image) as file:
-                image = file.convert("RGB")
-        return image, row["question"], row["answer"]
-
-
-def collate(processor: Any, samples: Sequence[tuple[Image.Image, str, str]]) -> dict[str, Tensor]:
-    """Left-padded prompts with their answers appended; `labels` are -100 but for the answers."""
-    asked = [[{"type": "image"}, {"type": "text", "text": text}] for _, text, _ in samples]
-    prompts = processor.apply_chat_template(
-        [[{"role": "user", "content": parts}] for parts in asked], add_generation_prompt=True
-    )
-    images = [[image] for image, _, _ in samples]
-    inputs = dict(processor(images=images, text=prompts, padding=True, padding_side="left", return_tensors="pt"))
-    tokenizer = processor.tokenizer
-    answers = [
-        [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for _, _, answer in samples
-    ]
-    width = max(map(len, answers))
-    tail = torch.tensor([ids + [-100] * (width - len(ids)) for ids in answers])
-    prompt = inputs["input_ids"].shape
-    real = (tail != -100).long()
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    inputs["labels"] = torch.cat([torch.full(prompt, -100), tail], 1)
-    inputs["input_ids"] = torch.cat([inputs["input_ids"], tail.masked_fill(real == 0, pad)], 1)
-    inputs["attention_mask"] = torch.cat([inputs["attention_mask"], real], 1)
-    for name in ("token_type_ids", "mm_token_type_ids"):
-        if name in inputs:
-            inputs[name] = torch.cat([inputs[name], torch.zeros_like(tail)], 1)
-    return inputs
-
-
-def load(name: str | None) -> tuple[nn.Module, Any]:
-    """A model with eager attention, and its processor."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    if name is None:
-        model, processor = bundled.load()
-        model.set_attn_implementation("eager")
-        return model, processor
-    model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", attn_implementation="eager")
-    return model.eval(), AutoProcessor.from_pretrained(name)
 
 
 def schedule(settings: Settings, step: int) -> tuple[float, float]:

@@ -4,6 +4,7 @@ from vlmprune.pruners.atp import ATP, ATPCalibrated
 from vlmprune.pruners.cdpruner import CDPruner
 from vlmprune.pruners.compose import Compose
 from vlmprune.pruners.divprune import DivPrune
+from vlmprune.pruners.explain import Explain, FirstLayerAttention
 from vlmprune.pruners.fastv import FastV
 from vlmprune.pruners.fopru import FoPru
 from vlmprune.pruners.globalcom2 import GlobalCom2
@@ -28,7 +29,9 @@ __all__ = [
     "CDPruner",
     "Compose",
     "DivPrune",
+    "Explain",
     "FastV",
+    "FirstLayerAttention",
     "FoPru",
     "GlobalCom2",
     "MMTok",
