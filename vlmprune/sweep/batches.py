@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature
 
-from vlmprune.ask import Chat
+from vlmprune.ask import Chat, batch_inputs
 from vlmprune.sweep.data import Sample
 
+if TYPE_CHECKING:
+    from vlmprune.video import Clip
+
 CACHE_BYTES = 2 << 30
+Pictures: TypeAlias = "tuple[list[Image.Image], list[Clip]]"
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class Batch:
     Attributes:
         number: place in the sweep's order of batches.
         samples: places in the data set; one a row of the inputs.
-        pictures: of each sample, as loaded: its images, then the frames of its video.
+        pictures: of each sample, as loaded: its images, then the frames of its clip.
         bad: (place in the data set, why) of samples left out.
     """
 
@@ -42,7 +46,7 @@ class Batches:
 
     def __init__(self, chat: Chat, samples: Sequence[Sample], size: int, prompt: str) -> None:
         self._chat, self._all, self._prompt = chat, samples, prompt
-        shape = [(s.video is not None, len(s.images)) for s in samples]
+        shape = [(s.frames, len(s.images)) for s in samples]
         order = sorted(range(len(samples)), key=lambda i: (shape[i], len(samples[i].question)), reverse=True)
         groups: list[list[int]] = []
         for place in order:
@@ -69,13 +73,13 @@ class Batches:
     def make(self, places: Sequence[int], number: int = -1) -> Batch:
         """A batch of any samples; those that cannot be read or encoded are left out."""
         good: list[int] = []
-        pictures: list[tuple[list[Image.Image], list[Image.Image]]] = []
+        pictures: list[Pictures] = []
         bad: list[tuple[int, str]] = []
         for place in places:
             sample = self._all[place]
             try:
                 images = [load() for load in sample.images]
-                pictures.append((images, sample.video() if sample.video else []))
+                pictures.append((images, [sample.video()] if sample.video else []))
                 good.append(place)
             except (ValueError, OSError) as error:
                 bad.append((place, f"sample '{sample.id}': {_line(error)}"))
@@ -86,52 +90,23 @@ class Batches:
             except Exception as error:  # processors raise whatever they meet: find the samples that it is about
                 if len(good) == 1:
                     bad.append((good[0], f"sample '{self._all[good[0]].id}': {_line(error)}"))
-                    good = []
+                    good, pictures = [], []
                 else:
                     alone = [self.make([place]) for place in good]
                     bad += [entry for batch in alone for entry in batch.bad]
                     left = [place for batch in alone for place in batch.samples]
                     if len(left) == len(good):
-                        raise
+                        raise ValueError(f"samples that can be read alone cannot be batched: {_line(error)}") from error
                     again = self.make(left, number)
                     return Batch(number, again.samples, again.inputs, again.pictures, (*bad, *again.bad))
-        shown = tuple((*images, *frames) for images, frames in pictures) if good else ()
+        shown = tuple((*images, *(frame for clip in clips for frame in clip.images)) for images, clips in pictures)
         return Batch(number, tuple(good), inputs if inputs is not None else BatchFeature(), shown, tuple(bad))
 
-    def _encode(
-        self, samples: Sequence[Sample], pictures: Sequence[tuple[list[Image.Image], list[Image.Image]]]
-    ) -> BatchFeature:
-        processor = self._chat.processor
-        texts = [self._text(sample) for sample in samples]
-        bos = getattr(processor.tokenizer, "bos_token", None)
-        arguments: dict[str, Any] = {}
-        if images := [image for own, _ in pictures for image in own]:
-            arguments["images"] = images
-        if videos := [frames for _, frames in pictures if frames]:
-            arguments["videos"] = videos
-        return processor(
-            text=texts,
-            return_tensors="pt",
-            padding=True,
-            # A template that writes the BOS token itself must not get a second one.
-            add_special_tokens=not (bos and texts[0].startswith(bos)),
-            **arguments,
+    def _encode(self, samples: Sequence[Sample], pictures: Sequence[Pictures]) -> BatchFeature:
+        asked = [self._prompt.replace("{question}", sample.question) for sample in samples]
+        return batch_inputs(
+            self._chat.processor, [(text, images, clips) for text, (images, clips) in zip(asked, pictures)]
         )
-
-    def _text(self, sample: Sample) -> str:
-        processor = self._chat.processor
-        image = getattr(processor, "image_token", None) or "<image>"
-        video = getattr(processor, "video_token", None) or "<video>"
-        question = self._prompt.replace("{question}", sample.question)
-        for token in (image, video):
-            if token in question:
-                raise ValueError(f"the question must not hold '{token}': pictures are put before it")
-        if getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None):
-            content = [{"type": "image"} for _ in sample.images]
-            content += [{"type": "video"}] * (sample.video is not None)
-            content.append({"type": "text", "text": question})
-            return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        return f"{image}\n" * len(sample.images) + f"{video}\n" * (sample.video is not None) + question
 
     def __iter__(self) -> Iterator[Batch]:
         return (self[number] for number in range(len(self)))

@@ -94,7 +94,7 @@ class DataConfig(_Strict):
     images: Path | None = None
     columns: dict[str, str] = {}
     prompt: str = "{question}"
-    frames: Annotated[int, Field(ge=1)] = 8
+    frames: Annotated[int, Field(ge=1)] | None = None
     scenes: Annotated[int, Field(ge=1)] = 256
     seed: int = 20261
 

@@ -11,15 +11,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from vlmprune.ask import load_image
 from vlmprune.sweep.config import DataConfig
 
+if TYPE_CHECKING:
+    from vlmprune.video import Clip
+
 LoadImage = Callable[[], Image.Image]
-LoadVideo = Callable[[], list[Image.Image]]
+LoadVideo = Callable[[], "Clip"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,9 @@ class Sample:
         id: unique in the data set.
         answers: what is accepted, at least one.
         kind: question type for the breakdown, "" if the data names none.
-        images, video: before the question, in this order; loading raises ValueError or OSError for a damaged file.
+        frames: of the video, if that can be told without opening it, else -1; 0 without a video. Batches hold samples
+            alike in it, as most processors stack videos.
+        images, video: shown before the question; loading raises ValueError or OSError for a damaged file.
     """
 
     id: str
@@ -39,6 +44,7 @@ class Sample:
     kind: str = ""
     images: tuple[LoadImage, ...] = ()
     video: LoadVideo | None = None
+    frames: int = 0
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,26 @@ def _digits(config: DataConfig) -> Iterator[Sample]:
             )
 
 
-BUNDLED: dict[str, Callable[[DataConfig], Iterable[Sample]]] = {"digits": _digits}
+def _digit_clips(config: DataConfig) -> Iterator[Sample]:
+    from vlmprune.video import Clip
+    from vlmprune.video_scenes import digit_clips
+
+    for number, clip in enumerate(digit_clips("test", config.scenes, config.seed)):
+        film = Clip.of(clip.frames, clip.fps)
+        if config.frames is not None and len(film) > config.frames:
+            film = film.take([i * len(film) // config.frames for i in range(config.frames)])
+        for place, question in enumerate(clip.questions):
+            yield Sample(
+                id=f"clip{number}-{place}",
+                question=question.text,
+                answers=(question.answer,),
+                kind=question.kind,
+                video=partial(_given, film),
+                frames=len(film),
+            )
+
+
+BUNDLED: dict[str, Callable[[DataConfig], Iterable[Sample]]] = {"digits": _digits, "digit-clips": _digit_clips}
 """Data sets that come with the package, by the name that `source` takes."""
 
 
@@ -262,6 +287,7 @@ def _checked_sample(
         kind=str(cell.get("kind", "")),
         images=images,
         video=_video(cell["video"], root, config.frames) if "video" in cell else None,
+        frames=len(cell["video"]) if isinstance(cell.get("video"), list) else -int("video" in cell),
     )
 
 
@@ -303,26 +329,26 @@ def _picture(value: Any, root: Path) -> LoadImage:
     raise ValueError(f"an image must be a path or an encoded picture, got {_kind(value)}")
 
 
-def _video(value: Any, root: Path, frames: int) -> LoadVideo:
-    """What loads `frames` frames, evenly spaced, of a video file; or all pictures of a list of paths."""
+def _video(value: Any, root: Path, frames: int | None) -> LoadVideo:
+    """What loads `frames` frames, evenly spaced, of a video file; or a list of pictures, as one a second."""
     if isinstance(value, list):
         loads = [_picture(entry, root) for entry in value]
-        return lambda: [load() for load in loads]
+
+        def film() -> Clip:
+            from vlmprune.video import Clip
+
+            return Clip.of([load() for load in loads], fps=1)
+
+        return film
     if not isinstance(value, str) or not value:
         raise ValueError(f"a video must be a path or a list of pictures, got {_kind(value)}")
     path = root / Path(value).expanduser()
     if not path.is_file():
         raise ValueError(f"no such video: '{value}'")
 
-    def load() -> list[Image.Image]:
-        from transformers.video_utils import load_video
+    def load() -> Clip:
+        from vlmprune.video import read_video
 
-        try:
-            video, _ = load_video(str(path), num_frames=frames)  # type: ignore[arg-type]
-        except ImportError:
-            raise
-        except Exception as error:  # whatever the decoder raises on a damaged file
-            raise ValueError(f"'{value}' cannot be read as a video: {error}") from None
-        return [Image.fromarray(frame) for frame in video]
+        return read_video(path, frames)
 
     return load

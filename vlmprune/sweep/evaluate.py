@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from transformers import BatchFeature
 from transformers.utils import logging
 
 from vlmprune.ask import Chat
@@ -46,27 +47,30 @@ class Evaluator:
 
     def __call__(self, setting: Setting, number: int) -> dict[str, Any]:
         """The record of batch `number`; samples that cannot be answered are told apart, with the reason."""
-        batch = self.batches[number]
         record: dict[str, Any] = {
             "batch": number,
             "samples": [],
             "failed": [],
-            "bad": [[place, why] for place, why in batch.bad],
+            "bad": [],
             "sums": {},
             "changed": [],
             "logit_difference": None,
             "kept": [],
         }
-        if not batch.samples:
-            return record
+        places = self.batches.groups[number]
         try:
+            batch = self.batches[number]
+            record["bad"] = [[place, why] for place, why in batch.bad]
+            places = batch.samples
+            if not places:
+                return record
             if number == 0 and setting.method != UNPRUNED:
                 record["logit_difference"] = self._logit_difference(setting, batch)
             self._answer(setting, batch, number, record)
-        except Exception as error:  # a method, a model or the memory may fail on one sample of many
+        except Exception as failure:  # a processor, a method or the memory may fail on one sample of many
             record.update(samples=[], sums={}, changed=[], kept=[])
-            for place in batch.samples:
-                self._answer_alone(setting, place, number, record, error if len(batch.samples) == 1 else None)
+            for place in places:
+                self._answer_alone(setting, place, number, record, failure if len(places) == 1 else None)
         return record
 
     def _answer_alone(
@@ -74,7 +78,10 @@ class Evaluator:
     ) -> None:
         if error is None:
             try:
-                self._answer(setting, self.batches.make([place]), number, record)
+                batch = self.batches.make([place])
+                if batch.samples:
+                    self._answer(setting, batch, number, record)
+                record["bad"] += [[place, why] for place, why in batch.bad]
                 return
             except Exception as alone:
                 error = alone
@@ -83,7 +90,7 @@ class Evaluator:
 
     def _answer(self, setting: Setting, batch: Batch, number: int, record: dict[str, Any]) -> None:
         chat = self.chat
-        inputs = batch.inputs.to(chat.model.device, chat.model.dtype)
+        inputs = placed(chat, batch.inputs)
         with prune(chat.model, setting.pruner(number)) as session:
             replies = generate(chat, inputs, self.max_new_tokens)
         report = session.last
@@ -104,7 +111,7 @@ class Evaluator:
 
     def _logit_difference(self, setting: Setting, batch: Batch) -> float:
         """Largest absolute change of the first new token's logits over the batch."""
-        inputs = batch.inputs.to(self.chat.model.device, self.chat.model.dtype)
+        inputs = placed(self.chat, batch.inputs)
         if batch.number not in self._unpruned_logits:
             self._unpruned_logits = {batch.number: _first_logits(self.chat.model, inputs)}
         with prune(self.chat.model, setting.pruner(batch.number)):
@@ -118,6 +125,11 @@ class Evaluator:
             picture = picture.convert("RGB")
             picture.thumbnail((_MAX_SIDE, _MAX_SIDE))
             save_image(picture, self.pictures / f"{place}-{number}.png")
+
+
+def placed(chat: Chat, inputs: BatchFeature) -> BatchFeature:
+    """A copy of `inputs` on the model's device and in its dtype."""
+    return BatchFeature(dict(inputs)).to(chat.model.device, chat.model.dtype)
 
 
 def generate(chat: Chat, inputs: Any, max_new_tokens: int) -> list[str]:

@@ -15,7 +15,7 @@ from vlmprune.ask import Answer, Chat, answer
 from vlmprune.session import prune
 from vlmprune.sweep.batches import Batches
 from vlmprune.sweep.config import TimingConfig
-from vlmprune.sweep.evaluate import generate
+from vlmprune.sweep.evaluate import generate, placed
 from vlmprune.sweep.plan import UNPRUNED, Setting
 
 
@@ -45,14 +45,14 @@ class Stopwatch:
         pruner = None if setting.method == UNPRUNED else setting.pruner()
         runs: list[Answer] = []
         for inputs in (self._alone[0], *self._alone):
-            placed = inputs.to(chat.model.device, chat.model.dtype)
+            placed = placed(chat, inputs)
             runs.append(answer(chat, placed, pruner, max_new_tokens=tokens, min_new_tokens=tokens))
         del runs[0]
         decode = [(run.new_tokens - 1) / (run.total_seconds - run.first_token_seconds) for run in runs]
         _reset_peak(chat.model.device)
         seconds, questions = 0.0, 0
         for number, inputs, rows in self._full:
-            placed = inputs.to(chat.model.device, chat.model.dtype)
+            placed = placed(chat, inputs)
             started = time.perf_counter()
             if pruner is None:
                 generate(chat, placed, self._max_new_tokens)
