@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from vlmprune.adapters.tower import FROM_PROJECTOR, NEEDS_CLS, SIGNALS, Tower
-from vlmprune.contract import Geometry, Item
+from vlmprune.contract import Geometry, Item, Pruner
 
 DECODER_SIGNALS = frozenset(
     {
@@ -86,6 +86,8 @@ class Adapter(ABC):
         """An encoder signal for all the item's original tokens: [N, ...], or [P, ...] for one row a picture."""
         kind = item.geometry.kind if item.geometry.kind in self.modalities else self.modalities[0]
         before, geometry = self._geometries[kind][: item.number], item.geometry
+        if signal == "encoder_kept" and signal not in self.tower.seen.get(kind, ()):  # nothing was merged
+            return torch.ones(len(geometry), device=next(self.core.parameters()).device)
         table = self.tower.read(kind, "projector_inputs" if signal in FROM_PROJECTOR else signal)
         if signal in ("cls_features", "cls_keys"):
             first = sum(len(each.pictures) for each in before)
@@ -236,6 +238,10 @@ class Adapter(ABC):
             return output
 
         return MethodType(encode, self.core)
+
+    def reduction(self, pruner: Pruner) -> list[Any]:
+        """Handles of what reduces tokens inside the vision tower, for a pruner that does."""
+        return []
 
     def forget(self) -> None:
         """Let go of what the last encoding left behind."""

@@ -6,8 +6,9 @@ import functools
 from typing import Any
 
 from vlmprune.adapters.base import Adapter
+from vlmprune.adapters.reduction import Reduction
 from vlmprune.adapters.tower import Tower
-from vlmprune.contract import Geometry
+from vlmprune.contract import Geometry, Pruner
 
 TOWERS = ("clip_vision_model", "siglip_vision_model")
 
@@ -34,6 +35,19 @@ class LlavaAdapter(Adapter):
         prefix = int(vision.model_type == "clip_vision_model")
         geometry = Geometry.grid(height // vision.patch_size, width // vision.patch_size, prefix=prefix)
         return [geometry.after(1) if strategy == "default" else geometry] * len(pixels)
+
+    @property
+    def signals(self) -> frozenset[str]:
+        feature_layer = self.config.vision_feature_layer
+        return super().signals | ({"encoder_kept"} if isinstance(feature_layer, int) else frozenset())
+
+    def reduction(self, pruner: Pruner) -> list[Any]:
+        layers = pruner.encoder_layers(self.tower.feature_layer + 1)
+        if not layers:
+            return []
+        module: Any = self.core.vision_tower
+        feature = self.config.vision_feature_layer
+        return Reduction(self.tower, module, feature, layers, pruner.reduce, pruner.proportional).watch()
 
     @functools.cached_property
     def tower(self) -> Tower:

@@ -264,7 +264,7 @@ def _slot_sums_cpu(x: Tensor, weight: Tensor, into: Tensor, slots: int) -> tuple
     flat = torch.where(into < 0, batch * slots, into + slots * torch.arange(batch)[:, None]).view(-1)
     sums = x.new_zeros(batch * slots + 1, d, dtype=torch.float32)
     totals = x.new_zeros(batch * slots + 1, dtype=torch.float32)
-    sums.index_add_(0, flat, (x.float() * weight[..., None]).view(batch * n, d))
+    sums.index_add_(0, flat, (x.float() * weight[..., None]).reshape(batch * n, d))
     totals.index_add_(0, flat, weight.reshape(-1))
     return sums[:-1].view(batch, slots, d), totals[:-1].view(batch, slots)
 

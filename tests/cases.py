@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import random_weights
 import torch
 from families import FamilyCase, Part
 
@@ -80,7 +81,20 @@ PRUNERS = {
         # At the boundary; behind a decoder layer, or merging inside a scope.
         PrunerCase("merge", ({}, {"method": "fastv", "keep": 0.6, "layer": 1}), wrapped(vlmprune.Merge)),
         PrunerCase("per_tile", ({"method": "mmtok"}, {"method": "pool"}), wrapped(vlmprune.PerTile)),
-        PrunerCase("per_frame", ({"method": "cdpruner"}, {}), wrapped(vlmprune.PerFrame)),
+        PrunerCase("sparsevlm", ({"keep": 0.5}, {"keep": 0.9, "rank_scale": 2.0})),
+        # Inside the tower; once behind the projector.
+        PrunerCase("tome", ({"keep": 0.3}, {"keep": 4, "where": "boundary"})),
+        PrunerCase("pitome", ({"keep": 0.3}, {"keep": 4, "where": "boundary"})),
+        PrunerCase("visionzip", ({"keep": 0.3}, {"keep": 4, "query": "all", "merge": "average", "keep_cls": False})),
+        PrunerCase("visiondrop"),
+        PrunerCase("globalcom2", ({"keep": 0.3}, {"keep": 4, "exact_budget": False})),
+        PrunerCase("fopru", ({"keep": 0.3}, {"keep": 12, "mode": "row"})),
+        # Counts that only the scores tell.
+        PrunerCase("atp", tuple({"keep": keep, "weights": random_weights.atp()} for keep in (0.5, 20))),
+        PrunerCase("atp-calibrated", ({"keep": 0.5}, {"keep": 0.6, "thresholds": (0.3, 0.5), "grid": False})),
+        PrunerCase("explain", tuple({"keep": keep, "weights": random_weights.explain()} for keep in (0.3, 4))),
+        PrunerCase("first_layer_attention", ({"keep": 0.3}, {"keep": 4, "smooth": 5})),
+        PrunerCase("mustdrop", ({"keep": 0.5}, {"keep": 0.9, "level": 20.0})),
         # Two stages inside the decoder; the boundary and a stage that removes every visual token.
         PrunerCase("staged", ({}, {"schedule": ((0, 0.5), (1, 0.25), (2, 0.0))}), Staged),
         PrunerCase("compose", ({}, {"first": "pool"}), composed),

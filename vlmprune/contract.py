@@ -174,6 +174,8 @@ SIGNALS: dict[str, str] = {
     "received_attention_last": "the same in the encoder's last layer",
     "encoder_keys": "[I, N, d]: keys, mean over heads, in the encoder layer that makes the features, before RoPE",
     "cls_keys": "[I, P, d]: the same of the CLS rows",
+    "encoder_kept": "fp32 [I, N]: behind an encoder stage (`Pruner.reduce`), of how many patches the token is the "
+    "representative; 0 for those that went into another",
     # From the prompt.
     "instruction": "[I, M, D]: input embeddings of the words of the question, zero rows behind the last",
     "instruction_mask": "bool [I, M]",
@@ -267,6 +269,45 @@ class Selection:
     merged: Tensor | None = None
 
 
+@dataclass
+class Patches:
+    """The rows of P pictures inside a vision tower, behind one of its layers.
+
+    Attributes:
+        features: [P, T, C], hidden states.
+        prefix: rows in front that are no patches (1 for a CLS token).
+        size: fp32 [P, T], how many of the original rows each stands for.
+        place: int64 [P, T], ascending, which of the original rows it is in the place of.
+        grid: (rows, columns) of the original patches.
+        layer: the layer that has just run; depth: how many make the features.
+        keys: gives the layer's attention keys, fp32 [P, T, d], mean over heads.
+    """
+
+    features: Tensor
+    prefix: int
+    size: Tensor
+    place: Tensor
+    grid: tuple[int, int]
+    layer: int
+    depth: int
+    keys: Callable[[], Tensor] = field(repr=False)
+
+
+@dataclass
+class Reduced:
+    """What is left of the rows of `Patches`.
+
+    Attributes:
+        features: [P, K, C].
+        keep: int64 [P, K], ascending: the rows whose places the new ones take.
+        into: int64 [P, T]: which of the new rows each row went into.
+    """
+
+    features: Tensor
+    keep: Tensor
+    into: Tensor
+
+
 @dataclass(kw_only=True)
 class Pruner(ABC):
     """A method: chooses which visual tokens of each item stay. Its dataclass fields are its hyper-parameters.
@@ -306,6 +347,22 @@ class Pruner(ABC):
         None for an item of which only `select` can tell (adaptive methods; that costs a synchronisation on a GPU).
         """
         return [budget(count, self.keep) for count in counts]
+
+    def encoder_layers(self, depth: int) -> tuple[int, ...]:
+        """Layers of the vision tower, of the `depth` that make the features, behind which it calls `reduce`.
+
+        A pruner with such a stage names the signal "encoder_kept" in `needs` and selects by it at the boundary.
+        """
+        return ()
+
+    @property
+    def proportional(self) -> bool:
+        """Whether attention in the tower weighs a row by the number of patches it stands for, behind `reduce`."""
+        return False
+
+    def reduce(self, patches: Patches) -> Reduced | None:
+        """Merge rows of pictures inside the tower; None leaves them. As many must be left in every picture."""
+        return None
 
     def accumulate(self, depth: int) -> tuple[int, ...]:
         """Decoder layers, of `depth`, over which the signal "transition" is summed."""

@@ -90,6 +90,7 @@ class Session:
             pruner.budget([1], layer, len(decoder))  # a budget that the stages cannot reach is an error now
         self._handles: list[Any] = [
             *self._signals.watch(),
+            *adapter.reduction(self.pruner),
             adapter.core.register_forward_pre_hook(self._before_core, with_kwargs=True),
             adapter.language_model.register_forward_pre_hook(self._before_language_model, with_kwargs=True),
             adapter.language_model.register_forward_hook(self._after_language_model, with_kwargs=True),

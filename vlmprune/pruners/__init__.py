@@ -10,6 +10,7 @@ from vlmprune.pruners.fopru import FoPru
 from vlmprune.pruners.globalcom2 import GlobalCom2
 from vlmprune.pruners.merge import Merge
 from vlmprune.pruners.mmtok import MMTok
+from vlmprune.pruners.mustdrop import MustDrop
 from vlmprune.pruners.pitome import PiToMe
 from vlmprune.pruners.pool import Pool
 from vlmprune.pruners.pyramiddrop import PyramidDrop
@@ -36,6 +37,7 @@ __all__ = [
     "GlobalCom2",
     "MMTok",
     "Merge",
+    "MustDrop",
     "PerFrame",
     "PerTile",
     "PiToMe",

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vlmprune.contract import Pruner, Selection, VisualTokens
+from vlmprune.contract import Patches, Pruner, Reduced, Selection, VisualTokens
 
 
 @dataclass(init=False)
@@ -52,6 +52,16 @@ class Compose(Pruner):
                 )
             counts = [count for count in left if count is not None]
         return owner.budget(counts, layer, depth)
+
+    def encoder_layers(self, depth: int) -> tuple[int, ...]:
+        return self.pruners[0].encoder_layers(depth)
+
+    @property
+    def proportional(self) -> bool:
+        return self.pruners[0].proportional
+
+    def reduce(self, patches: Patches) -> Reduced | None:
+        return self.pruners[0].reduce(patches)
 
     def accumulate(self, depth: int) -> tuple[int, ...]:
         return tuple(sorted({layer for pruner in self.pruners for layer in pruner.accumulate(depth)}))
