@@ -209,40 +209,53 @@ def _film(background: np.ndarray, actors: tuple[Actor, ...], length: int) -> np.
 
 def _schedule(rng: np.random.Generator, length: int, colours: list[str]) -> list[list[tuple[int, int]]]:
     """When each actor is visible: (start, stop) pairs, ascending. One actor may come back once or twice."""
-    returns = int(rng.integers(len(colours))) if rng.random() < 0.5 else -1
-    rounds = 2 if length < 12 else int(rng.integers(2, 4))
-    for attempt in range(400):
-        if attempt == 200:
-            returns = -1
-        times = [_spans(rng, length, rounds if actor == returns else 1) for actor in range(len(colours))]
-        if len(colours) > 1 and colours[0] == colours[1] and rng.random() < 0.6:
-            # One colour at the first frame and at the last: only the time tells its digits apart.
-            (start, stop), (other, _) = times[0][0], times[1][-1]
-            times[0][0], times[1][-1] = (0, max(stop - start, 2)), (other, length)
-        if _fits(times, colours, length):
-            order = rng.permutation(2) if len(colours) > 1 and colours[0] == colours[1] else []
-            times[: len(order)] = [times[i] for i in order]
+    actors = len(colours)
+    shared = actors > 1 and colours[0] == colours[1]
+    rounds = [1] * actors
+    if rng.random() < 0.5:
+        rounds[int(rng.integers(actors))] += 1 if length < 12 else int(rng.integers(1, 3))
+    # One colour at the first frame and at the last: only the time tells its digits apart.
+    apart = shared and rng.random() < 0.6
+    attempts = 0
+    while True:
+        attempts += 1
+        if attempts > 50 or sum(rounds) > length // 2:
+            rounds, apart = [1] * actors, False
+        times = _draw(rng, length, rounds, apart)
+        if _fits(times, colours):
+            if shared and rng.random() < 0.5:
+                times[:2] = times[1::-1]
             return times
-    raise AssertionError("no schedule found")  # the bounds of digit_clips leave room for one
 
 
-def _spans(rng: np.random.Generator, length: int, rounds: int) -> list[tuple[int, int]]:
-    longest = max(4, round(0.6 * length / rounds))
-    spans = []
-    for start in sorted(rng.integers(0, length - 1, rounds).tolist()):
-        spans.append((start, min(length, start + int(rng.integers(2 if rounds > 1 else 3, longest + 1)))))
-    return spans
+def _draw(rng: np.random.Generator, length: int, rounds: list[int], apart: bool) -> list[list[tuple[int, int]]]:
+    """Starts at least two frames apart, dealt to the actors at random; each stays for 2 frames to 60 % of the clip."""
+    total = sum(rounds)
+    starts = np.sort(rng.permutation(length - total)[:total]) + np.arange(total)
+    deal = rng.permutation(np.repeat(np.arange(len(rounds)), rounds))
+    if apart and rounds[0] == rounds[1] == 1:
+        for actor, place in ((0, 0), (1, total - 1)):
+            other = int(np.flatnonzero(deal == actor)[0])
+            deal[[other, place]] = deal[[place, other]]
+        starts[0] = 0
+    times: list[list[tuple[int, int]]] = [[] for _ in rounds]
+    for start, actor in zip(starts.tolist(), deal.tolist(), strict=True):
+        longest = max(4, round(0.6 * length / rounds[actor]))
+        times[actor].append((start, min(length, start + int(rng.integers(2, longest + 1)))))
+    if apart and rounds[0] == rounds[1] == 1:
+        times[1] = [(times[1][0][0], length)]
+    return times
 
 
-def _fits(times: list[list[tuple[int, int]]], colours: list[str], length: int) -> bool:
-    visible = np.zeros((len(times), length), dtype=int)
+def _fits(times: list[list[tuple[int, int]]], colours: list[str]) -> bool:
+    """Whether three are visible at most, actors of one colour never together, and who returns was away for three."""
+    visible = np.zeros((len(times), 1 + max(stop for spans in times for _, stop in spans)), dtype=int)
     for row, spans in zip(visible, times, strict=True):
         for start, stop in spans:
-            if stop - start < 2 or row[max(0, start - 3) : stop].any():
+            if row[max(0, start - 3) : stop].any():
                 return False
             row[start:stop] = 1
-    starts = np.sort([start for spans in times for start, _ in spans])
-    if np.diff(starts).min(initial=2) < 2 or visible.sum(axis=0).max() > 3:
+    if visible.sum(axis=0).max() > 3:
         return False
     return len(colours) < 2 or colours[0] != colours[1] or not (visible[0] & visible[1]).any()
 
