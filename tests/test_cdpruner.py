@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import vlmprune
 from vlmprune.kernels import dpp_select, pairwise_cosine
-from vlmprune.pruners.cdpruner import cdpruner_select, instruction_relevance, normalise
+from vlmprune.pruners.cdpruner import cdpruner_select, instruction_relevance, normalise, patch_relevance
 
 shapes = st.tuples(st.integers(2, 14), st.integers(0, 2**16))
 
@@ -140,6 +140,32 @@ def test_relevance_from_elsewhere() -> None:
     assert kept(relevance=scores, relevance_norm="per_crop") == sorted(order_of(features, scaled, 4))
     with pytest.raises(ValueError, match=r"must be \[1, 12\]"):
         kept(relevance=scores[:, :5])
+
+
+def test_relevance_inside_a_scope_is_of_the_whole_item() -> None:
+    features, scores = rows(12, 8), rows(1, 12, seed=7)
+    tokens = tokens_of(features, shapes=[vlmprune.Geometry.grid(2, 3, planes=2)])
+    (kept,) = picks(vlmprune.PerTile(vlmprune.CDPruner(relevance=scores)).select(tokens, torch.tensor([4])))
+    halves = [order_of(features[at], normalise(scores[:, at])[0], 2) for at in (slice(0, 6), slice(6, 12))]
+    assert kept == sorted(halves[0]) + sorted(6 + i for i in halves[1])
+
+
+def test_relevance_from_patches() -> None:
+    """A map on the tokens' own grid comes out as it is, on a finer one interpolated; one for each image and frame."""
+    image = vlmprune.Geometry.grid(2, 3, suffix=1)
+    video = vlmprune.Geometry.grid(2, 2, planes=2, kind="video")
+    both = tokens_of(rows(7, 4), rows(8, 4), shapes=[image, video])
+    same = rows(1, 6)
+    table = patch_relevance(same, (2, 3))(tokens_of(rows(7, 4), shapes=[image]))
+    torch.testing.assert_close(table, torch.cat([same, torch.zeros(1, 1)], 1))
+    ramp = torch.arange(8.0).repeat(4)  # 4 x 8 patches, score = column
+    table = patch_relevance(torch.stack([ramp, ramp, -ramp]), (4, 8))(both)
+    torch.testing.assert_close(table[0, :3], torch.tensor([5 / 6, 3.5, 37 / 6]))  # middles of thirds of 8, less 1/2
+    torch.testing.assert_close(table[1], torch.tensor([1.5, 5.5, 1.5, 5.5, -1.5, -5.5, -1.5, -5.5]))
+    with pytest.raises(ValueError, match=r"of 2 pictures.*3 images and frames"):
+        patch_relevance(torch.stack([ramp, ramp]), (4, 8))(both)
+    with pytest.raises(ValueError, match=r"\[J, 32\]"):
+        patch_relevance(ramp, (4, 8))
 
 
 def test_presets_and_bad_fields() -> None:

@@ -6,11 +6,12 @@ from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.functional import grid_sample
 
 from vlmprune.contract import Keep, Positions, Pruner, Selection, VisualTokens
 from vlmprune.kernels import dpp_select, pairwise_cosine
 from vlmprune.pruners._places import fill_up, pictures, placed, remaining
-from vlmprune.pruners.scope import PerFrame, PerTile
+from vlmprune.pruners.scope import PerFrame, PerTile, of_whole
 from vlmprune.registry import register_pruner
 
 Scope = Literal["per_image", "per_crop"]
@@ -43,7 +44,7 @@ class CDPruner(Pruner):
         relevance_norm: minimum and maximum over the item ("per_image") or each of its pictures ("per_crop").
         relevance: similarity of every token with the question, from elsewhere: [I, N], one row for each item of the
             prompts in order, in the order of its tokens; or a function that gives it for the items (of those that
-            lose tokens) in a `VisualTokens`.
+            lose tokens) in a `VisualTokens`, such as `patch_relevance` makes of CLIP's patch scores.
     """
 
     keep: Keep = 64
@@ -109,13 +110,61 @@ class CDPruner(Pruner):
             words, real = tokens.signal("instruction").float(), tokens.signal("instruction_mask")
             mean = (words * real[..., None]).sum(1, keepdim=True) / real.sum(1).clamp(min=1)[:, None, None]
             return instruction_relevance(tokens.features.float(), mean)
+        return of_whole(tokens, self._given).to(tokens.features.device, torch.float32)
+
+    def _given(self, tokens: VisualTokens) -> Tensor:
+        assert self.relevance is not None
         given = self.relevance if isinstance(self.relevance, Tensor) else self.relevance(tokens)
         if given.shape != tokens.valid.shape:
             raise ValueError(
                 f"cdpruner's relevance must be {list(tokens.valid.shape)} here, one entry a visual token of each image "
                 f"that loses tokens, got {list(given.shape)}"
             )
-        return given.to(tokens.features.device, torch.float32)
+        return given
+
+
+def patch_relevance(scores: Tensor, grid: tuple[int, int]) -> Callable[[VisualTokens], Tensor]:
+    """`relevance` out of scores of patches: `CDPruner(relevance=patch_relevance(*scorer.patches(images, question)))`.
+
+    Every token reads the score at its middle, bilinear between those of the patches; line breaks get 0. The patches
+    must cover the picture that the model sees (no crop), and a plane of tokens must show the whole of it: that holds
+    for all families but InternVL with several tiles.
+
+    Args:
+        scores: [J, P], row j for the j-th image or frame of the prompts, in order, P patches in raster order.
+        grid: (rows, columns) of the patches.
+
+    Raises:
+        ValueError: when called for items that do not have J images and frames.
+    """
+    rows, cols = grid
+    if scores.dim() != 2 or scores.shape[1] != rows * cols:
+        raise ValueError(f"patch scores must be [J, {rows * cols}] for a grid of {rows} x {cols}: {list(scores.shape)}")
+    maps = scores.float().view(-1, 1, rows, cols)
+
+    def relevance(tokens: VisualTokens) -> Tensor:
+        frames = [len(shape.grids) if shape.kind == "video" else 1 for shape in tokens.shapes]
+        if sum(frames) != len(maps):
+            raise ValueError(
+                f"there are patch scores of {len(maps)} pictures, and the prompts have {sum(frames)} images and frames"
+            )
+        tables, first = [], 0
+        for shape, count in zip(tokens.shapes, frames):
+            size = torch.tensor(shape.grids)[shape.plane]
+            # grid_sample's coordinates: -1 and 1 are the picture's edges.
+            place = torch.stack([shape.col + 0.5, shape.row + 0.5], 1) / size.flip(1) * 2 - 1
+            table = torch.zeros(len(shape))
+            for number in range(count):
+                here = ~shape.placeless & ((shape.plane == number) | (count == 1))
+                picture = maps[first + number, None].cpu()
+                table[here] = grid_sample(
+                    picture, place[here][None, None], mode="bilinear", padding_mode="border", align_corners=False
+                )[0, 0, 0]
+            tables.append(table)
+            first += count
+        return remaining(tokens, tables)
+
+    return relevance
 
 
 @torch.no_grad()

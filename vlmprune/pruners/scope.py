@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
@@ -124,6 +124,23 @@ class PerFrame(_Scope):
         return number.masked_fill(shape.placeless, -1)
 
 
+@dataclass
+class _Parts(VisualTokens):
+    """Parts of the items of `whole`; `cut` takes an [I, N] table of these to one of the parts."""
+
+    whole: VisualTokens | None = None
+    cut: Callable[[Tensor], Tensor] | None = None
+
+
+def of_whole(tokens: VisualTokens, table_of: Callable[[VisualTokens], Tensor]) -> Tensor:
+    """`table_of(tokens)` [I, N]; inside a scope, made for the whole items and cut to the parts."""
+    if not isinstance(tokens, _Parts):
+        return table_of(tokens)
+    assert tokens.whole is not None
+    assert tokens.cut is not None
+    return tokens.cut(of_whole(tokens.whole, table_of))
+
+
 def _join(parts: list[list[Tensor]], fill: int) -> Tensor:
     """[I, K, ...] of every item's pieces [K_p, ...], one behind the other."""
     return pad_sequence([torch.cat(pieces) for pieces in parts], batch_first=True, padding_value=fill)
@@ -152,15 +169,19 @@ def _restrict(tokens: VisualTokens, parts: list[_Part]) -> VisualTokens:
             return rows(table.mT, members).mT
         return rows(table, originals if name in _OF_ORIGINAL else members)
 
-    return replace(
-        tokens,
+    return _Parts(
         features=rows(tokens.features, members),
         counts=tuple(len(each) for each in members),
         index=tuple(
             torch.searchsorted(own, tokens.index[part.item][each]) for part, own, each in zip(parts, originals, members)
         ),
         shapes=tuple(_crop(tokens.shapes[part.item], part.originals) for part in parts),
+        layer=tokens.layer,
+        depth=tokens.depth,
         signal=signal,
+        project=tokens.project,
+        whole=tokens,
+        cut=lambda table: rows(table, members),
     )
 
 
