@@ -321,7 +321,12 @@ def test_clips_of_frames_at_hand():
     part = clip.take([6, 2])
     assert part.timestamps.tolist() == [1.5, 0.5]
     assert [number(frame) for frame in part.frames] == [6, 2]
-    assert clip.crop(10, 20, 50, 44).frames.shape == (8, 24, 40, 3)
+    assert clip.crop((10, 20, 50, 44)).frames.shape == (8, 24, 40, 3)
+    moving = clip.crop([(i, 0, i + 2, 96) for i in range(8)])
+    assert np.array_equal(moving.frames[5], picture(5)[:, 5:7])
+    for boxes in ((0, 0, 0, 9), (-1, 0, 5, 5), (0, 0, 129, 9), [(0, 0, i + 1, 9) for i in range(8)]):
+        with pytest.raises(ValueError, match="crop boxes"):
+            clip.crop(boxes)
     assert np.array_equal(np.asarray(clip.images[3]), picture(3))
     for bad in ([], [picture(0), picture(0, 90)], np.zeros((2, 3, 4), np.uint8), np.zeros((2, 4, 4, 3))):
         with pytest.raises(ValueError, match="a clip"):

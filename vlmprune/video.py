@@ -99,9 +99,22 @@ class Clip:
         index = np.asarray(index, dtype=np.int64)
         return replace(self, frames=self.frames[index], timestamps=self.timestamps[index], indices=self.indices[index])
 
-    def crop(self, left: int, top: int, right: int, bottom: int) -> Clip:
-        """The same rectangle of every frame, in pixels, right and bottom exclusive."""
-        return replace(self, frames=self.frames[:, top:bottom, left:right])
+    def crop(self, boxes: Sequence[int] | Sequence[Sequence[int]] | np.ndarray) -> Clip:
+        """A rectangle of every frame: (left, top, right, bottom) in pixels, right and bottom exclusive.
+
+        Args:
+            boxes: one for all, int [4], or one a frame, int [T, 4], all of one size.
+
+        Raises:
+            ValueError: boxes of unequal size, empty ones, or ones that stick out.
+        """
+        each = np.broadcast_to(np.asarray(boxes, dtype=np.int64), (len(self), 4))
+        high, wide = self.frames.shape[1:3]
+        sides = each[:, 2:] - each[:, :2]
+        if (sides != sides[0]).any() or (sides < 1).any() or each.min() < 0 or (each[:, 2:] > (wide, high)).any():
+            raise ValueError(f"crop boxes must be of one size and lie within {wide} x {high} pixels.")
+        parts = [frame[top:bottom, left:right] for frame, (left, top, right, bottom) in zip(self.frames, each)]
+        return replace(self, frames=np.stack(parts))
 
     @property
     def images(self) -> list[Image.Image]:

@@ -1,7 +1,8 @@
-"""What ships with the package: a small LLaVA model that reads digit scenes, and six held-out scenes to try it on.
+"""What ships with the package: a small LLaVA model that reads digit scenes, six held-out scenes to try it on, and a
+small Qwen2.5-VL model that watches digit clips.
 
-The model is a stand-in for tests, demos and curves on any machine; see `digit-llava/README.md` for how it was trained
-and how well it answers.
+The models are stand-ins for tests, demos and curves on any machine; see `digit-llava/README.md` and
+`digit-qwen-vl/README.md` for how they were trained and how well they answer.
 """
 
 from __future__ import annotations
@@ -15,7 +16,12 @@ from PIL import Image
 
 if TYPE_CHECKING:
     import torch
-    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+    from transformers import (
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLProcessor,
+    )
 
 _HERE = Path(__file__).parent
 
@@ -43,6 +49,16 @@ def model_path() -> Path:
     return _HERE / "digit-llava"
 
 
+def video_model_path() -> Path:
+    """Folder of the bundled video model, readable by `from_pretrained`."""
+    return _HERE / "digit-qwen-vl"
+
+
+def clip_path() -> Path:
+    """Folder of the bundled CLIP of digit scenes, readable by open_clip: `vlmprune.clip.ClipScorer()`."""
+    return _HERE / "digit-clip"
+
+
 def atp_weights() -> Path:
     """Folder of ATP's threshold modules for the bundled model: `vlmprune.ATP(weights=bundled.atp_weights())`."""
     return _HERE / "digit-llava-atp"
@@ -55,6 +71,16 @@ def load(dtype: torch.dtype | None = None) -> tuple[LlavaForConditionalGeneratio
 
     model = LlavaForConditionalGeneration.from_pretrained(model_path(), dtype=dtype or torch.float32)
     return model.eval(), AutoProcessor.from_pretrained(model_path())
+
+
+def load_video(dtype: torch.dtype | None = None) -> tuple[Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor]:
+    """The bundled video model in evaluation mode, float32 unless `dtype` says otherwise, on the CPU, and its
+    processor."""
+    import torch
+    from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(video_model_path(), dtype=dtype or torch.float32)
+    return model.eval(), AutoProcessor.from_pretrained(video_model_path())
 
 
 def demo_scenes() -> list[DemoScene]:

@@ -7,6 +7,7 @@ from vlmprune.pruners.divprune import DivPrune
 from vlmprune.pruners.explain import Explain, FirstLayerAttention
 from vlmprune.pruners.fastv import FastV
 from vlmprune.pruners.fopru import FoPru
+from vlmprune.pruners.free_video_llm import FreeVideoLLM
 from vlmprune.pruners.globalcom2 import GlobalCom2
 from vlmprune.pruners.merge import Merge
 from vlmprune.pruners.mmtok import MMTok
@@ -34,6 +35,7 @@ __all__ = [
     "FastV",
     "FirstLayerAttention",
     "FoPru",
+    "FreeVideoLLM",
     "GlobalCom2",
     "MMTok",
     "Merge",
