@@ -22,6 +22,7 @@ DECODER_SIGNALS = frozenset(
         *("instruction", "instruction_mask", "prompt_features", "text_features", "text_mask"),
         *("last_attention", "next_last_attention", "text_attention", "next_text_attention"),
         *("visual_attention", "next_visual_attention", "next_keys", "transition", "activation_overlap"),
+        *("cache_keys", "cache_attention", "cache_alive"),
     }
 )
 

@@ -16,18 +16,32 @@ Dropped = dict[int, torch.Tensor]
 Merged = dict[int, list[tuple[int, int, torch.Tensor]]]
 """Layer -> rows ([D] at a sample and column) that replace what enters it (0: the model's inputs)."""
 
+Evicted = dict[int, torch.Tensor]
+"""Layer -> int64 [B, S]: the first column whose query no longer sees this one; past the end for never."""
+
 
 def everything_visible(inputs: dict[str, Any]) -> Dropped:
     return {0: torch.zeros_like(inputs["input_ids"], dtype=torch.bool)}
 
 
-def _layer_hook(model: Any, layer: int, inputs: dict[str, Any], dropped: Dropped, policy: str, rows: list[Any]) -> Any:
+def _layer_hook(
+    model: Any,
+    layer: int,
+    inputs: dict[str, Any],
+    dropped: Dropped,
+    policy: str,
+    rows: list[Any],
+    until: torch.Tensor | None,
+) -> Any:
     real = inputs["attention_mask"].bool()
     gone = dropped[max(stage for stage in dropped if stage <= layer)]
     alive = real & ~gone
     length = real.shape[1]
     steps = torch.arange(length)
     allowed = (steps[None, :] <= steps[:, None])[None] & alive[:, None, :]
+    if until is not None:
+        late = torch.nn.functional.pad(until, (0, length - until.shape[1]), value=length)
+        allowed = allowed & (steps[None, :, None] < late[:, None, :])
     text = model.config.get_text_config()
     size = getattr(text, "sliding_window", None)
     types = getattr(text, "layer_types", None)
@@ -70,6 +84,7 @@ def run(
     steps: int,
     forced: torch.Tensor,
     merged: Merged,
+    evicted: Evicted | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Prefill logits [B, S, V], and logits [B, V] of the prefill's last token and of each of `steps` decode steps.
 
@@ -86,7 +101,7 @@ def run(
             hooks.callback(hook.remove)
             for number, layer in enumerate(language_model.layers):
                 rows = merged.get(number, []) if number else []
-                write = _layer_hook(model, number, full, gone, policy, rows)
+                write = _layer_hook(model, number, full, gone, policy, rows, (evicted or {}).get(number))
                 hook = layer.register_forward_pre_hook(write, with_kwargs=True)
                 hooks.callback(hook.remove)
             if policy == "original" and "mm_token_type_ids" not in full:  # M-RoPE: the model's own

@@ -34,6 +34,7 @@ class PrunedLayer(CacheLayerMixin):
         self.padded = False  # whether `columns` holds a -1
         self.group = 0  # the first of the neighbouring layers that hold the same columns
         self.pending: tuple[Tensor, int] | None = None
+        self.evicted: Tensor | None = None  # int64 [B, 1], columns that left after queries had been placed behind them
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.inner!r}, hidden={self.hidden})"
@@ -41,6 +42,38 @@ class PrunedLayer(CacheLayerMixin):
     def expect(self, columns: Tensor, seen: int, padded: bool, group: int) -> None:
         """Announce the next `update`: after it the entries come from `columns` [B, P], out of `seen` columns so far."""
         self.pending, self.padded, self.group = (columns, seen), padded, group
+
+    def entries(self, device: torch.device) -> Tensor:
+        """int64 [B, H]: `held`, spelled out; before the first prune, of one row.
+
+        Raises:
+            ValueError: the wrapped layer cannot shrink.
+        """
+        if type(self.inner) is not DynamicLayer:
+            raise ValueError(
+                f"a {type(self.inner).__name__} keeps its size: use a DynamicCache with methods that cut the cache"
+            )
+        held = self.held()
+        return torch.arange(self.get_seq_length(), device=device)[None] if held is None else held.to(device)
+
+    def evict(self, held: Tensor, keep: Tensor, lost: Tensor, values: Tensor) -> None:
+        """Hold only some of the entries from now on.
+
+        Args:
+            held: int64 [B, H], `entries`.
+            keep: bool [B, H], which of them.
+            lost: int64 [B, 1], how many of the others were visible.
+            values: [B, G, H, d], to hold from now on.
+        """
+        seen, width = self.get_seq_length(), int(keep.sum(1).max())
+        self.evicted = lost if self.evicted is None else self.evicted + lost
+        order = (~keep).int().sort(dim=1, stable=True).indices[:, :width]
+        self.columns = held.masked_fill(~keep, -1).gather(1, order)
+        self.hidden, self.padded = seen - width, bool((self.columns < 0).any())
+        index = order[:, None, :, None]
+        self.inner.keys, self.inner.values = (
+            part.gather(2, index.expand(-1, part.shape[1], -1, part.shape[3])) for part in (self.inner.keys, values)
+        )
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self.pending is not None:
@@ -89,20 +122,26 @@ class PrunedLayer(CacheLayerMixin):
         self.inner.reorder_cache(beam_idx)
         if self.columns is not None:
             self.columns = self.columns.index_select(0, beam_idx.to(self.columns.device))
+        if self.evicted is not None:
+            self.evicted = self.evicted.index_select(0, beam_idx.to(self.evicted.device))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.inner.batch_repeat_interleave(repeats)
         if self.columns is not None:
             self.columns = self.columns.repeat_interleave(repeats, dim=0)
+        if self.evicted is not None:
+            self.evicted = self.evicted.repeat_interleave(repeats, dim=0)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self.inner.batch_select_indices(indices)
         if self.columns is not None:
             self.columns = self.columns[indices.to(self.columns.device)]
+        if self.evicted is not None:
+            self.evicted = self.evicted[indices.to(self.evicted.device)]
 
     def reset(self) -> None:
         self.inner.reset()
-        self.columns, self.hidden, self.padded, self.pending = None, 0, False, None
+        self.columns, self.hidden, self.padded, self.pending, self.evicted = None, 0, False, None, None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.inner.lazy_initialization(key_states, value_states)

@@ -194,6 +194,11 @@ SIGNALS: dict[str, str] = {
     "next_keys": "[I, N, d]: keys, mean over heads, rotated, in the layer behind the stage",
     "transition": "fp32 [I, N]: how much attention and MLP changed it, summed over the layers from "
     "`Pruner.accumulate(depth)` to the stage (TransPrune's TTV)",
+    # At a cache stage (`Pruner.select_cache`).
+    "cache_keys": "[I, N, G * d]: keys that the layer holds, of all key heads",
+    "cache_attention": "fp32 [I, N]: attention of the last query to it in that layer, mean over heads",
+    "cache_alive": "bool [I, N]: whether it was still there behind the last decoder stage",
+    # From the decoder's blocks.
     "activation_overlap": "fp32 [I, N]: FFN neurons that are positive for both it and the last word of the question, "
     "in the layer before",
 }
@@ -363,6 +368,22 @@ class Pruner(ABC):
     def reduce(self, patches: Patches) -> Reduced | None:
         """Merge rows of pictures inside the tower; None leaves them. As many must be left in every picture."""
         return None
+
+    def cache_layers(self, depth: int) -> tuple[int, ...]:
+        """Decoder layers, of `depth`, whose KV cache it cuts behind the prefill and, as `cache_due` says, later."""
+        return ()
+
+    def cache_due(self, step: int) -> bool:
+        """Whether the cache is cut behind this step: 0 is the prefill, n the n-th decoded token."""
+        return step == 0
+
+    def select_cache(self, tokens: VisualTokens) -> Selection:
+        """Choose the tokens whose keys and values the cache of layer `tokens.layer` still holds; as many as it likes.
+
+        `tokens.features` [I, N, G * d] are the values of all key heads; `features` of the selection take their places.
+        Positions are not renumbered: a layer's queries stay where they were.
+        """
+        raise NotImplementedError(f"{self.name} names cache layers, so it must select there")
 
     def accumulate(self, depth: int) -> tuple[int, ...]:
         """Decoder layers, of `depth`, over which the signal "transition" is summed."""

@@ -109,8 +109,10 @@ class Course:
         plain = mask is None and not padded
         if plain and columns is None and not self._windowed and self.cache is not None:
             # Every decode step of an unpadded batch: nothing to look up.
-            hidden = pruned.hidden if pruned is not None and self.policy == "compact" else 0
-            return positions - hidden if hidden else positions, self._masks(layer, embeds)
+            if pruned is None or self.policy != "compact":
+                return positions, self._masks(layer, embeds)
+            shift = pruned.hidden if pruned.evicted is None else pruned.hidden - pruned.evicted.to(positions.device)
+            return positions - shift, self._masks(layer, embeds)
         past, index, visible, held = self._keys(layer)
         past_shown, now_shown = held[:, : past.shape[1]], held[:, past.shape[1] :]
         if columns is not None:
@@ -119,6 +121,8 @@ class Course:
             # A token moves down by the visible tokens before it that are gone.
             before = visible.cumsum(1)[:, seen:].gather(1, index)
             after = past_shown.sum(1, keepdim=True) + now_shown.cumsum(1)
+            if pruned is not None and pruned.evicted is not None:
+                after = after + pruned.evicted.to(after.device)
             positions = positions - (before - after)
         if columns is not None:
             positions = positions.masked_fill(columns < 0, 0)

@@ -36,6 +36,8 @@ class ItemReport:
         columns: int64 [tokens_before], column of every token, where text stands between them; None: from `start` on.
         stages: every stage of the method in order.
         merged: bool, for each row left: whether it now stands for several tokens.
+        cached: by decoder layer, int64 ascending, which of its tokens the KV cache holds behind the last cache stage;
+            empty for methods without one.
     """
 
     sample: int
@@ -45,6 +47,7 @@ class ItemReport:
     columns: Tensor | None = None
     stages: list[StageReport] = field(default_factory=list)
     merged: Tensor | None = None
+    cached: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def kept(self) -> Tensor:
@@ -100,6 +103,11 @@ class PruneReport:
             self.layer_tokens[each] = course.width
         if timer is not None:
             self.timers.append(timer)
+
+    def record_cache(self, kept: Sequence[dict[int, Tensor]]) -> None:
+        """Note a cache stage: what each layer's cache holds of every item."""
+        for item, held in zip(self.items, kept):
+            item.cached.update(held)
 
     @property
     def changed(self) -> bool:

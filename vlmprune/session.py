@@ -18,6 +18,7 @@ from vlmprune.adapters import adapter_for
 from vlmprune.cache import is_pruned, kv_bytes
 from vlmprune.contract import Geometry, Item, Pruner, VisualTokens
 from vlmprune.course import Course, padding_mask
+from vlmprune.eviction import Eviction
 from vlmprune.plan import Kept, ascending, plan_rows
 from vlmprune.registry import create_pruner
 from vlmprune.report import ItemReport, PruneReport
@@ -76,6 +77,7 @@ class Session:
         self._course: Course | None = None
         self._live: list[Live] = []
         self._finite: Tensor | None = None
+        self._eviction = Eviction(self.pruner, adapter, self._signals)
         decoder = adapter.decoder_layers
         if not self._stages or any(not 0 <= layer < len(decoder) for layer in self._stages):
             raise ValueError(
@@ -95,11 +97,12 @@ class Session:
             adapter.language_model.register_forward_pre_hook(self._before_language_model, with_kwargs=True),
             adapter.language_model.register_forward_hook(self._after_language_model, with_kwargs=True),
         ]
-        if any(self._stages):
+        inside = [stage - 1 for stage in self._stages if stage] + list(self._eviction.layers)
+        if inside:
             self._handles += [
                 layer.register_forward_pre_hook(functools.partial(self._before_layer, number), with_kwargs=True)
                 for number, layer in enumerate(decoder)
-                if number >= min(filter(None, self._stages)) - 1
+                if number >= min(inside)
             ]
         if adapter.model is not adapter.core:
             self._handles += [
@@ -197,7 +200,9 @@ class Session:
         if embeds is None:
             return None
         seen = _seen(cache)
-        if not any(self._stages) and any(getattr(layer, "group", 0) for layer in getattr(cache, "layers", ())):
+        if not (any(self._stages) or self._eviction.layers) and any(
+            getattr(layer, "group", 0) for layer in getattr(cache, "layers", ())
+        ):
             raise ValueError("this cache was pruned inside the decoder: go on with it in a session of such a method")
         mask, shown = self._call.get("mask"), self._call.get("shown")
         course = self._course = Course(module, kwargs, self.pruner.positions, seen, mask, shown)
@@ -205,6 +210,7 @@ class Session:
         if items or not seen:
             self._last = self._new_report(course)
         if items:
+            self._eviction.begin(self._live, seen, embeds.device)
             self._signals.begin(course, embeds, self._call.get("ids"), items, shown)
         if 0 in self._stages:
             if items and self._signals.wants_here:
@@ -244,6 +250,8 @@ class Session:
                 "position_ids": positions if kwargs.get("position_ids") is not None else None,
             }
         kwargs = {**kwargs, **course.layer_kwargs}
+        if number in self._eviction.layers:
+            self._eviction.before_layer(number, hidden, kwargs["position_embeddings"], course)
         if number + 1 in self._stages and self._live and self._signals.wants_before:
             self._signals.before = Entering(number, hidden, kwargs["position_embeddings"], course.key_mask(number))
         if args:
@@ -315,6 +323,10 @@ class Session:
             self._signals.clear()
             self.adapter.forget()
         cache = kwargs.get("past_key_values") or getattr(output, "past_key_values", None)
+        if self._eviction.layers and cache is not None and self._course is not None:
+            kept = self._eviction.after_step(cache, self._course, self._live)
+            if self._last is not None:
+                self._last.record_cache(kept)
         if self._last is not None and not self._last.kv_bytes and cache is not None:
             self._last.kv_bytes = kv_bytes(cache)
         if self.adapter.model is self.adapter.core:
