@@ -1,0 +1,56 @@
+"""Fixed budgets are selected without waiting for the GPU: on meta tensors, where looking at a value raises."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_globalcom2 import packed
+
+import vlmprune
+from vlmprune.contract import Geometry, VisualTokens
+
+SHAPES = [packed(4, (2, 2), (600, 500)), Geometry.grid(5, 5), Geometry.grid(2, 3, planes=3, suffix=1, kind="video")]
+
+
+def tokens_on_meta(layer: int) -> VisualTokens:
+    counts = tuple(map(len, SHAPES))
+    items, n, pictures = len(SHAPES), max(counts), max(len(shape.pictures) for shape in SHAPES)
+    wide = {"projector_inputs": 8, "encoder_features": 8, "encoder_keys": 4, "next_keys": 4}
+    flat = ("cls_attention", "received_attention", "cls_logits_last", "next_visual_attention")
+    signals = {
+        "cls_features": torch.empty(items, pictures, 8, device="meta"),
+        **{name: torch.empty(items, n, width, device="meta") for name, width in wide.items()},
+        **{name: torch.empty(items, n, device="meta") for name in flat},
+    }
+    return VisualTokens(
+        features=torch.empty(items, n, 6, device="meta"),
+        counts=counts,
+        index=tuple(torch.arange(count, device="meta") for count in counts),
+        shapes=tuple(SHAPES),
+        layer=layer,
+        depth=32,
+        signal=lambda need: signals[need.rstrip("?").split("|")[0]],
+        project=lambda rows: rows[..., :6],
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "layer"),
+    [
+        ("visionzip", {}, 0),
+        ("visionzip", {"keep_cls": False, "contextual": 0}, 0),
+        ("visiondrop", {}, 0),
+        ("visiondrop", {"merge": "average"}, 8),
+        ("globalcom2", {}, 0),
+        ("globalcom2", {"score": "cosine"}, 0),
+        ("fopru", {}, 0),
+    ],
+)
+def test_select_on_meta_tensors(name: str, fields: dict[str, Any], layer: int) -> None:
+    pruner, tokens = vlmprune.create_pruner(name, keep=0.4, **fields), tokens_on_meta(layer)
+    budget = pruner.budget(tokens.counts, layer, 32)
+    selection = pruner.select(tokens, torch.tensor(budget))
+    assert selection.index.shape == (len(SHAPES), max(budget))
+    assert selection.features is None or selection.features.shape == (*selection.index.shape, 6)
