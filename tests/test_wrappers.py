@@ -37,7 +37,7 @@ class Longest(vlmprune.Pruner):
     asked: Any = None
 
     name: ClassVar[str] = "longest"
-    needs: ClassVar[frozenset[str]] = frozenset(SIGNALS)
+    needs: ClassVar[frozenset[str]] = frozenset(SIGNALS) - {"encoder_kept"}
 
     def budget(self, counts: Sequence[int], layer: int = 0, depth: int = 1) -> Sequence[int | None]:
         return [None] * len(counts)
@@ -119,6 +119,25 @@ def test_merge_of_all_or_nothing_and_of_a_method_that_merges() -> None:
     assert picks(mine) == [[]]
     with pytest.raises(ValueError, match="without Merge"):
         inside(vlmprune.Merge(vlmprune.Pool()), tokens, 3)
+    with pytest.raises(ValueError, match="without Merge"):
+        vlmprune.Merge(vlmprune.create_pruner("tome"))
+
+
+def test_stages_inside_the_tower_are_the_inner_methods() -> None:
+    inner = vlmprune.create_pruner("tome", keep=0.5)
+    wrapped = vlmprune.PerTile(inner)
+    assert wrapped.encoder_layers(24) == inner.encoder_layers(24) != ()
+    assert wrapped.proportional == inner.proportional
+
+
+def test_a_scope_refuses_methods_that_cut_the_cache() -> None:
+    class Cutting(Longest):
+        def cache_layers(self, depth: int) -> tuple[int, ...]:
+            return (depth - 1,)
+
+    assert vlmprune.Merge(Cutting()).cache_layers(4) == (3,)
+    with pytest.raises(ValueError, match="without per_tile"):
+        vlmprune.PerTile(Cutting()).cache_layers(4)
 
 
 def test_gradients_pass_a_merge() -> None:

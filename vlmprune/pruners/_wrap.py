@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vlmprune.contract import Keep, Positions, Pruner
+from vlmprune.contract import Keep, Patches, Positions, Pruner, Reduced, Selection, VisualTokens
 
 
 @dataclass(init=False)
@@ -31,6 +31,25 @@ class Wrapper(Pruner):
 
     def budget(self, counts: Sequence[int], layer: int = 0, depth: int = 1) -> Sequence[int | None]:
         return self.pruner.budget(counts, layer, depth)
+
+    def encoder_layers(self, depth: int) -> tuple[int, ...]:
+        return self.pruner.encoder_layers(depth)
+
+    @property
+    def proportional(self) -> bool:
+        return self.pruner.proportional
+
+    def reduce(self, patches: Patches) -> Reduced | None:
+        return self.pruner.reduce(patches)
+
+    def cache_layers(self, depth: int) -> tuple[int, ...]:
+        return self.pruner.cache_layers(depth)
+
+    def cache_due(self, step: int) -> bool:
+        return self.pruner.cache_due(step)
+
+    def select_cache(self, tokens: VisualTokens) -> Selection:
+        return self.pruner.select_cache(tokens)
 
     def accumulate(self, depth: int) -> tuple[int, ...]:
         return self.pruner.accumulate(depth)

@@ -5,10 +5,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vlmprune.contract import Selection, VisualTokens
+from vlmprune.contract import Keep, Positions, Pruner, Selection, VisualTokens
 from vlmprune.kernels import merge_tokens, nearest_target
 from vlmprune.pruners._places import placed
 from vlmprune.pruners._wrap import Wrapper
+
+_BY_ITSELF = "{} merges what it drops by itself: use it without Merge"
 
 
 @dataclass(init=False)
@@ -17,20 +19,27 @@ class Merge(Wrapper):
 
     Every dropped token joins the kept token nearest by cosine (fp32, of what the language model would see there), and
     a kept token becomes the mean of itself and those that joined it. The kept indices are the inner method's, and the
-    sequence stays as short. Line breaks join nobody, and nobody joins them. A method of several stages merges at each; a
-    row that stands for several tokens counts once at the next.
+    sequence stays as short. Line breaks join nobody, and nobody joins them. A method of several stages merges at each;
+    a row that stands for several tokens counts once at the next.
+
+    What leaves a KV cache later leaves for good.
 
     Raises:
-        ValueError: at the first prompt, if the inner method merges by itself.
+        ValueError: the inner method merges by itself (some tell only at the first prompt).
     """
 
     name: ClassVar[str] = "merge"
     paper: ClassVar[str] = "wrapper"
 
+    def __init__(self, pruner: Pruner, *, keep: Keep | None = None, positions: Positions | None = None) -> None:
+        super().__init__(pruner, keep=keep, positions=positions)
+        if "encoder_kept" in pruner.needs:
+            raise ValueError(_BY_ITSELF.format(pruner.name))
+
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
         choice = self.pruner.select(tokens, budget)
         if choice.features is not None:
-            raise ValueError(f"{self.pruner.name} merges what it drops by itself: use it without Merge")
+            raise ValueError(_BY_ITSELF.format(self.pruner.name))
         places = placed(tokens)
         joinable = places.gather(1, choice.index.clamp(min=0))
         into = nearest_target(tokens.features.detach(), choice.index, mask=tokens.valid, candidates=joinable)

@@ -35,6 +35,11 @@ class _Scope(Wrapper):
         """int64 [N0]: the part that each token belongs to, -1 for none."""
         raise NotImplementedError
 
+    def cache_layers(self, depth: int) -> tuple[int, ...]:
+        if self.pruner.cache_layers(depth):
+            raise ValueError(f"{self.pruner.name} cuts the KV cache, which knows no tiles: use it without {self.name}")
+        return ()
+
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
         parts = list(self._divide(tokens, budget))
         asked = [part for part in parts if part.asked]
