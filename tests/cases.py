@@ -94,7 +94,11 @@ PRUNERS = {
         PrunerCase("atp-calibrated", ({"keep": 0.5}, {"keep": 0.6, "thresholds": (0.3, 0.5), "grid": False})),
         PrunerCase("explain", tuple({"keep": keep, "weights": random_weights.explain()} for keep in (0.3, 4))),
         PrunerCase("first_layer_attention", ({"keep": 0.3}, {"keep": 4, "smooth": 5})),
-        PrunerCase("mustdrop", ({"keep": 0.5}, {"keep": 0.9, "level": 20.0})),
+        # The cache stage has laws of its own: tests/test_mustdrop.py.
+        PrunerCase(
+            "mustdrop", ({"keep": 0.5, "output_aware_cache": False}, {"level": 20.0, "output_aware_cache": False})
+        ),
+        PrunerCase("yopo", ({"keep": 0.5}, {"keep": 0.3})),
         # Two stages inside the decoder; the boundary and a stage that removes every visual token.
         PrunerCase("staged", ({}, {"schedule": ((0, 0.5), (1, 0.25), (2, 0.0))}), Staged),
         PrunerCase("compose", ({}, {"first": "pool"}), composed),

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vlmprune.flops import estimate_flops
     from vlmprune.pruners import (
         ATP,
+        YOPO,
         ATPCalibrated,
         CDPruner,
         Compose,
@@ -69,6 +70,7 @@ _lazy = {
     "CDPruner": "vlmprune.pruners",
     "Explain": "vlmprune.pruners",
     "FirstLayerAttention": "vlmprune.pruners",
+    "YOPO": "vlmprune.pruners",
     "Compose": "vlmprune.pruners",
     "DivPrune": "vlmprune.pruners",
     "FastV": "vlmprune.pruners",
@@ -95,6 +97,7 @@ _lazy = {
 
 __all__ = [
     "ATP",
+    "YOPO",
     "ATPCalibrated",
     "CDPruner",
     "Compose",

@@ -24,9 +24,11 @@ from vlmprune.pruners.transprune import TransPrune
 from vlmprune.pruners.uniform import Uniform
 from vlmprune.pruners.visiondrop import VisionDrop
 from vlmprune.pruners.visionzip import VisionZip
+from vlmprune.pruners.yopo import YOPO
 
 __all__ = [
     "ATP",
+    "YOPO",
     "ATPCalibrated",
     "CDPruner",
     "Compose",
