@@ -45,20 +45,20 @@ class Stopwatch:
         pruner = None if setting.method == UNPRUNED else setting.pruner()
         runs: list[Answer] = []
         for inputs in (self._alone[0], *self._alone):
-            placed = placed(chat, inputs)
-            runs.append(answer(chat, placed, pruner, max_new_tokens=tokens, min_new_tokens=tokens))
+            own = placed(chat, inputs)
+            runs.append(answer(chat, own, pruner, max_new_tokens=tokens, min_new_tokens=tokens))
         del runs[0]
         decode = [(run.new_tokens - 1) / (run.total_seconds - run.first_token_seconds) for run in runs]
         _reset_peak(chat.model.device)
         seconds, questions = 0.0, 0
         for number, inputs, rows in self._full:
-            placed = placed(chat, inputs)
+            own = placed(chat, inputs)
             started = time.perf_counter()
             if pruner is None:
-                generate(chat, placed, self._max_new_tokens)
+                generate(chat, own, self._max_new_tokens)
             else:
                 with prune(chat.model, setting.pruner(number)):
-                    generate(chat, placed, self._max_new_tokens)
+                    generate(chat, own, self._max_new_tokens)
             seconds += time.perf_counter() - started
             questions += rows
         return {

@@ -1,0 +1,143 @@
+"""Rows of a sweep as points, lines and a Pareto front: what table and curves are made of."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from vlmprune.sweep import store
+from vlmprune.sweep.config import BASELINES
+from vlmprune.sweep.metrics import wilson
+from vlmprune.sweep.plan import UNPRUNED, Setting
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One method at one budget: the mean over its seeds.
+
+    Attributes:
+        rows: of `results.jsonl`, one per seed.
+        timing: of `timings.jsonl`, of the first seed; None if it was not timed.
+        interval: Wilson's for the mean accuracy over one pass through the questions.
+    """
+
+    rows: tuple[Row, ...]
+    timing: Row | None
+
+    @property
+    def setting(self) -> Setting:
+        return setting_of(self.rows[0])
+
+    @property
+    def accuracy(self) -> float:
+        return fmean(row["accuracy"] for row in self.rows)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return wilson(self.accuracy, min(row["questions"] for row in self.rows))
+
+    @property
+    def changed(self) -> bool:
+        return self.setting.method == UNPRUNED or all(row["changed"] for row in self.rows)
+
+    def mean(self, *keys: str) -> float:
+        """Mean over seeds of a nested number, such as `mean("flops", "ratio")`."""
+        values = []
+        for row in self.rows:
+            value: Any = row
+            for key in keys:
+                value = value[key]
+            values.append(value)
+        return fmean(values)
+
+    @property
+    def first_token_ms(self) -> dict[str, float] | None:
+        """Median and quartiles of the time to the first token."""
+        if self.timing is None:
+            return None
+        return {key: 1e3 * value for key, value in self.timing["first_token_seconds"].items()}
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A folder of `vlmprune sweep` as read."""
+
+    about: dict[str, Any]
+    rows: list[Row]
+    timings: dict[str, Row]
+
+    @property
+    def models(self) -> list[str]:
+        return list(dict.fromkeys(row["model"] for row in self.rows))
+
+    def points(self, model: str) -> list[Point]:
+        """One point per method, settings, positions and keep, in the order of the sweep."""
+        groups: dict[str, list[Row]] = {}
+        for row in self.rows:
+            if row["model"] == model and row["status"] == "ok":
+                groups.setdefault(store.dump({**setting_of(row).key, "seed": None}), []).append(row)
+        return [Point(tuple(rows), self.timings.get(rows[0]["id"])) for rows in groups.values()]
+
+    def unreachable(self, model: str) -> list[Row]:
+        return [row for row in self.rows if row["model"] == model and row["status"] != "ok"]
+
+    @property
+    def machines(self) -> Counter[str]:
+        """On what the timings were taken."""
+        return Counter(machine_of(timing) for timing in self.timings.values())
+
+
+def read_sweep(folder: Path) -> Sweep:
+    """Read what a sweep wrote, finished or not.
+
+    Timings are those of one machine and configuration, the most frequent, as others do not compare.
+
+    Raises:
+        ValueError: no sweep there, or none with a finished row.
+    """
+    if not (folder / store.SWEEP).is_file():
+        raise ValueError(f"'{folder}' holds no sweep: give the folder that `vlmprune sweep --out` wrote.")
+    rows = store.read(folder / store.RESULTS)
+    if not any(row["status"] == "ok" for row in rows):
+        raise ValueError(f"'{folder}' holds no finished row yet: let `vlmprune sweep` go on first.")
+    timings = store.read(folder / store.TIMINGS)
+    usual = Counter(map(machine_of, timings)).most_common(1)
+    kept = {timing["id"]: timing for timing in timings if machine_of(timing) == usual[0][0]}
+    return Sweep(store.read_json(folder / store.SWEEP), rows, kept)
+
+
+def machine_of(timing: Row) -> str:
+    return f"{timing['settings']}, {timing['platform']}, torch {timing['versions']['torch']}"
+
+
+def setting_of(row: Row) -> Setting:
+    return Setting(**{key: row[key] for key in Setting.__dataclass_fields__})
+
+
+def lines(points: Iterable[Point]) -> dict[tuple[str, str], list[Point]]:
+    """(method with settings, positions) -> its points from few tokens to many; the unpruned run left out."""
+    out: dict[tuple[str, str], list[Point]] = {}
+    for point in points:
+        if point.setting.method != UNPRUNED:
+            out.setdefault((point.setting.label, point.setting.positions), []).append(point)
+    return {key: sorted(own, key=lambda point: point.mean("tokens", "average")) for key, own in out.items()}
+
+
+def pareto(points: Sequence[Point], cost: Callable[[Point], float | None]) -> list[Point]:
+    """Points to which no other is both cheaper (or as cheap) and better, from cheap to dear."""
+    front: list[Point] = []
+    priced = [(price, point) for point in points if (price := cost(point)) is not None]
+    for _, point in sorted(priced, key=lambda pair: (pair[0], -pair[1].accuracy)):
+        if not front or point.accuracy > front[-1].accuracy:
+            front.append(point)
+    return front
+
+
+def is_baseline(method: str) -> bool:
+    return method in BASELINES
