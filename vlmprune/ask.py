@@ -234,9 +234,26 @@ def batch_inputs(processor: Any, prompts: Sequence[tuple[str, Sequence[Image.Ima
         ValueError: an empty question, or one that holds a placeholder.
     """
     parts = [_prompt(processor, *prompt) for prompt in prompts]
-    texts = [text for text, _, _ in parts]
-    images = [image for _, images, _ in parts for image in images]
-    clips = [clip for _, _, clips in parts for clip in clips]
+    return written_inputs(
+        processor,
+        [text for text, _, _ in parts],
+        [image for _, images, _ in parts for image in images],
+        [clip for _, _, clips in parts for clip in clips],
+    )
+
+
+def written_inputs(
+    processor: Any, texts: Sequence[str], images: Sequence[Image.Image], clips: Sequence[Clip] = ()
+) -> BatchFeature:
+    """What a family's processor makes of prompts that are written out, placeholders and all, padded to one length.
+
+    Args:
+        texts: one a prompt.
+        images, clips: what the placeholders stand for, in order over all prompts.
+
+    Raises:
+        ValueError: clips of unequal length where the family cannot take them.
+    """
     # A template that writes the BOS token itself must not get a second one.
     bos = getattr(processor.tokenizer, "bos_token", None)
     extra: dict[str, Any] = {}
@@ -247,8 +264,8 @@ def batch_inputs(processor: Any, prompts: Sequence[tuple[str, Sequence[Image.Ima
         extra["do_sample_frames"] = False
     try:
         return processor(
-            images=images or None,
-            text=texts,
+            images=list(images) or None,
+            text=list(texts),
             return_tensors="pt",
             padding=len(texts) > 1,
             add_special_tokens=not (bos and texts[0].startswith(bos)),

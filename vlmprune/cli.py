@@ -301,6 +301,87 @@ def kernels(context: typer.Context) -> None:
     raise typer.Exit(main(context.args))
 
 
+@bench.command()
+def e2e(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="Model shape; repeat for several.", show_default="llava-1.5-7b, on a GPU all four"),
+    ] = None,
+    pruner: Annotated[list[str] | None, typer.Option(help="Method; repeat.", show_default="divprune, uniform")] = None,
+    keep: Annotated[str, typer.Option(help="Ratio such as 0.1, or count per image such as 64.")] = "0.1",
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Batch size; repeat.", show_default="1, 8")] = None,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded behind the first.")] = 32,
+    text_tokens: Annotated[int, typer.Option(min=3, help="Text tokens of a prompt.")] = 40,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed runs of each side.")] = 15,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads, on a CPU.", show_default="torch's")] = None,
+    twins: Annotated[
+        bool | None,
+        typer.Option("--twins/--full", help="Scaled-down models or real ones.", show_default="twins on a CPU"),
+    ] = None,
+    device: Device = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Number format.", show_default="bfloat16, on a CPU float32")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the result as JSON.", show_default=False)] = None,
+) -> None:
+    """Time models of random weights unpruned, pruned, and as an ideal run that is given just the kept tokens."""
+    with _err().status("loading") as status:
+        import torch
+
+        from vlmprune import bench_e2e
+        from vlmprune.ask import parse_keep
+
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        try:
+            result = bench_e2e.run(
+                model or (["llava-1.5-7b"] if place.type == "cpu" else list(bench_e2e.SHAPES)),
+                [vlmprune.create_pruner(name, keep=parse_keep(keep)) for name in pruner or ("divprune", "uniform")],
+                batches=batch or (1, 8),
+                device=place,
+                dtype=getattr(torch, dtype.value) if dtype else None,
+                twins=twins,
+                text_tokens=text_tokens,
+                new_tokens=new_tokens,
+                rounds=rounds,
+                threads=threads,
+                progress=lambda line: status.update(escape(line)),
+            )
+        except bench_e2e.CheckFailed as error:
+            _err().print(f"[bold red]error:[/] {escape(str(error))}; no speed is reported.", highlight=False)
+            raise typer.Exit(1) from None
+    _out().print(_e2e_table(result))
+    if out is not None:
+        bench_e2e.write(result, out)
+        _out().print(f"wrote [bold]{escape(str(out))}[/]", highlight=False, soft_wrap=True)
+
+
+def _e2e_table(result: dict[str, Any]) -> Table:
+    from vlmprune.flops import format_bytes
+
+    machine = result["machine"]
+    about = f"{machine['processor']}, {machine['threads']} threads, {result['dtype']}; medians, best in brackets"
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=escape(about), caption_justify="left")
+    for name in ("model", "side", "batch", "tokens"):
+        table.add_column(name, no_wrap=True)
+    for name in ("TTFT, ms", "over ideal", "floor, ms", "decode tok/s", "requests/s", "peak"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in result["rows"]:
+        over = row["over_ideal"]
+        table.add_row(
+            escape(row["model"]),
+            escape(row["side"]),
+            str(row["batch"]),
+            str(row["prompt_tokens"]),
+            f"{row['ttft_ms']:.1f} ({row['ttft_best_ms']:.1f})",
+            "" if over is None else f"{over:.3f} ({row['over_ideal_best']:.3f})",
+            f"{row['floor']['prefill_ms']:.1f}",
+            f"{row['decode_tokens_per_second']:.1f}",
+            f"{row['requests_per_second']:.2f}",
+            format_bytes(row["peak_bytes"]),
+        )
+    return table
+
+
 @app.command()
 def methods() -> None:
     """List the pruning methods with their published settings."""
