@@ -11,6 +11,8 @@ import torch
 from families import FamilyCase, Part
 
 import vlmprune
+from vlmprune.contract import SIGNALS
+from vlmprune.signals import resolve
 
 
 @dataclass(kw_only=True)
@@ -78,6 +80,7 @@ PRUNERS = {
         PrunerCase("cdpruner", ({"keep": 0.3}, {"keep": 4, "theta": 0.5})),
         # The second stage keeps all, then none.
         PrunerCase("todre", ({"keep": 0.3, "tau": 1e-6}, {"keep": 4, "tau": 2.0})),
+        PrunerCase("token-correlation", ({"keep": 0.5, "min_keep": 2}, {"keep": 4, "sampling": "multinomial"})),
         # At the boundary; behind a decoder layer, or merging inside a scope.
         PrunerCase("merge", ({}, {"method": "fastv", "keep": 0.6, "layer": 1}), wrapped(vlmprune.Merge)),
         PrunerCase("per_tile", ({"method": "mmtok"}, {"method": "pool"}), wrapped(vlmprune.PerTile)),
@@ -96,9 +99,10 @@ PRUNERS = {
         PrunerCase("first_layer_attention", ({"keep": 0.3}, {"keep": 4, "smooth": 5})),
         # The cache stage has laws of its own: tests/test_mustdrop.py.
         PrunerCase(
-            "mustdrop", ({"keep": 0.5, "output_aware_cache": False}, {"level": 20.0, "output_aware_cache": False})
+            "mustdrop", ({"keep": 0.5, "output_aware_cache": False}, {"level": 200.0, "output_aware_cache": False})
         ),
         PrunerCase("yopo", ({"keep": 0.5}, {"keep": 0.3})),
+        PrunerCase("corematching", ({"keep": 0.5}, {"elbow": True})),
         # Two stages inside the decoder; the boundary and a stage that removes every visual token.
         PrunerCase("staged", ({}, {"schedule": ((0, 0.5), (1, 0.25), (2, 0.0))}), Staged),
         PrunerCase("compose", ({}, {"first": "pool"}), composed),
@@ -135,9 +139,34 @@ def batches_of(family: FamilyCase) -> dict[str, list[list[Part]]]:
     return {name: rows for name, rows in BATCHES.items() if name != "mixed" and "video" not in name}
 
 
+KINDS = ("divprune", "staged", "compose")
+"""Boundary, two decoder layers, both: what goes through every family, batch and attention backend."""
+
+CENTRAL = "llava-clip-llama"
+"""The family on which every pruner goes through everything."""
+
+
 def pruners_of(family: FamilyCase) -> list[str]:
-    """The pruners to try on a family: all on LLaVA-1.5; elsewhere what differs in kind (keep, merge, drop later)."""
-    if family.name.startswith("llava-clip") or family.name.startswith("llava-siglip"):
-        return list(PRUNERS)
-    # The mixture's deepstack goes deeper than the first of the stages.
-    return ["divprune", "pool"] if family.name == "qwen3-vl-moe" else ["divprune", "compose"]
+    """The pruners that a family can have."""
+    return [name for name in PRUNERS if settings_of(family, name)]
+
+
+def settings_of(family: FamilyCase, name: str) -> list[bool]:
+    """Which settings of a pruner (False easy, True hard) a family gives the signals and the stages for."""
+    usable = []
+    for hard in (False, True):
+        pruner = PRUNERS[name].make(hard)
+        _, missing = resolve(pruner.needs, frozenset(SIGNALS) - family.lacks)
+        if not missing and all(layer == 0 or layer >= family.earliest for layer in pruner.layers(3)):
+            usable.append(hard)
+    return usable
+
+
+def central(family: FamilyCase, name: str) -> bool:
+    """Whether a pruner goes through all batches and settings on a family; one of each elsewhere."""
+    return family.name == CENTRAL or name in KINDS
+
+
+def widest(family: FamilyCase) -> str:
+    """The batch that has everything in it."""
+    return "mixed" if family.video_tokens else "unequal"

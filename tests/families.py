@@ -51,12 +51,16 @@ class FamilyCase:
         build: makes the model.
         tokens: visual tokens of image 0, 1, 2.
         video_tokens: of video 0, 1; empty where the family has no videos.
+        lacks: signals that the family does not give.
+        earliest: first decoder layer above 0 before which tokens may leave.
     """
 
     name: str
     build: Callable[[], PreTrainedModel]
     tokens: tuple[int, int, int]
     video_tokens: tuple[int, ...] = ()
+    lacks: frozenset[str] = frozenset()
+    earliest: int = 1
     positions: ClassVar[tuple[str, ...]] = ("original", "compact")
 
     def __str__(self) -> str:
@@ -361,6 +365,9 @@ def internvl() -> PreTrainedModel:
     )
 
 
+NO_CLS = frozenset({"cls_attention", "cls_attention_last", "cls_features", "cls_keys", "cls_logits_last"})
+QWEN_LACKS = NO_CLS | {"encoder_kept"}
+
 FAMILIES: dict[str, FamilyCase] = {
     case.name: case
     for case in (
@@ -371,6 +378,7 @@ FAMILIES: dict[str, FamilyCase] = {
                 siglip(), decoder(Qwen2Config), vision_feature_select_strategy="full", vision_feature_layer=-1
             ),
             (36, 36, 36),
+            lacks=NO_CLS,
             size=36,
         ),
         # A window shorter than the unpruned prompt: what a query sees must still be counted in original columns.
@@ -384,12 +392,25 @@ FAMILIES: dict[str, FamilyCase] = {
         LlavaNextCase("llava-next-video", llava_next_video, (52, 56, 36), (12, 12)),
         # The second image has 8 x 8 tokens in its tiles, shrunk to 5 x 5.
         LlavaOnevisionCase(
-            "llava-onevision", llava_onevision, (52, 46, 36), (13, 13), sizes=((16, 32), (31, 29), (12, 14))
+            "llava-onevision",
+            llava_onevision,
+            (52, 46, 36),
+            (13, 13),
+            lacks=NO_CLS,
+            sizes=((16, 32), (31, 29), (12, 14)),
         ),
-        QwenCase("qwen2-vl", qwen2_vl, (12, 6, 12), (12, 12)),
-        QwenCase("qwen2.5-vl", qwen2_5_vl, (12, 6, 12), (12, 12)),
-        QwenCase("qwen3-vl", qwen3_vl, (12, 6, 12), (12, 12), stamps=True),
-        QwenCase("qwen3-vl-moe", qwen3_vl_moe, (12, 6, 12), (12, 12), stamps=True),
-        InternVLCase("internvl", internvl, (27, 9, 18)),
+        QwenCase("qwen2-vl", qwen2_vl, (12, 6, 12), (12, 12), QWEN_LACKS),
+        QwenCase("qwen2.5-vl", qwen2_5_vl, (12, 6, 12), (12, 12), QWEN_LACKS),
+        QwenCase("qwen3-vl", qwen3_vl, (12, 6, 12), (12, 12), QWEN_LACKS, stamps=True),
+        QwenCase(
+            "qwen3-vl-moe",
+            qwen3_vl_moe,
+            (12, 6, 12),
+            (12, 12),
+            QWEN_LACKS | {"activation_overlap"},
+            earliest=2,
+            stamps=True,
+        ),
+        InternVLCase("internvl", internvl, (27, 9, 18), (), frozenset({"cls_features", "encoder_kept"})),
     )
 }
