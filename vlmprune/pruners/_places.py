@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from vlmprune.contract import Geometry, VisualTokens
+from vlmprune.pruners._pictures import picture_of
 
 
 def placed(tokens: VisualTokens) -> Tensor:
@@ -37,8 +38,7 @@ def fill_up(index: Tensor, tokens: VisualTokens, budget: Tensor) -> Tensor:
 
 def pictures(shape: Geometry) -> Tensor:
     """int64 [N0]: number of the picture that each token came from, -1 for tokens that show no place."""
-    number = shape.plane if shape.tile is None else shape.tile
-    return number.masked_fill(shape.placeless, -1)
+    return picture_of(shape).masked_fill(shape.placeless, -1)
 
 
 def overview(shape: Geometry) -> Tensor:
