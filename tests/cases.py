@@ -91,7 +91,7 @@ PRUNERS = {
         PrunerCase("visionzip", ({"keep": 0.3}, {"keep": 4, "query": "all", "merge": "average", "keep_cls": False})),
         PrunerCase("visiondrop"),
         PrunerCase("globalcom2", ({"keep": 0.3}, {"keep": 4, "exact_budget": False})),
-        PrunerCase("fopru", ({"keep": 0.3}, {"keep": 12, "mode": "row"})),
+        PrunerCase("fopru", ({"keep": 0.3}, {"keep": 0.5, "mode": "row"})),
         # Counts that only the scores tell.
         PrunerCase("atp", tuple({"keep": keep, "weights": random_weights.atp()} for keep in (0.5, 20))),
         PrunerCase("atp-calibrated", ({"keep": 0.5}, {"keep": 0.6, "thresholds": (0.3, 0.5), "grid": False})),
