@@ -99,6 +99,15 @@ def truncate(value: float) -> int:
     return math.floor(value + 1e-6)
 
 
+def check_reach(count: int, keep: Keep, least: float, depth: int) -> None:
+    """Raise a ValueError if `least` tokens, the smallest average over all layers there can be, are more than `keep`."""
+    if least > (float(keep) if isinstance(keep, numbers.Integral) else keep * count) * (1 + 1e-9):
+        raise ValueError(
+            f"keep {keep} is out of reach: the layers that see every token average {least / count:.3g} of {count} "
+            f"tokens over {depth} layers; use a larger keep or an earlier first stage"
+        )
+
+
 def nearest_power(
     counts: Callable[[float], tuple[int, ...]], average: Callable[[Sequence[int]], float], target: float
 ) -> tuple[int, ...]:
@@ -131,12 +140,7 @@ def _counts(count: int, keep: Keep, layers: tuple[int, ...], ratios: tuple[float
     target = float(keep) if whole else keep * count
     if target >= count or not layers:
         return (count,) * len(layers)
-    least = layer_average(count, [count * (ratio == 1) for ratio in ratios], layers, depth)
-    if least > target * (1 + 1e-9):
-        raise ValueError(
-            f"keep {keep} is out of reach: the layers that see every token average {least / count:.3g} of {count} "
-            f"tokens over {depth} layers; use a larger keep or an earlier first stage"
-        )
+    check_reach(count, keep, layer_average(count, [count * (ratio == 1) for ratio in ratios], layers, depth), depth)
 
     def counts(power: float) -> tuple[int, ...]:
         return tuple(truncate(count * ratio**power) for ratio in ratios)
