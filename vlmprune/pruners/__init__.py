@@ -3,6 +3,7 @@
 from vlmprune.pruners.atp import ATP, ATPCalibrated
 from vlmprune.pruners.cdpruner import CDPruner
 from vlmprune.pruners.compose import Compose
+from vlmprune.pruners.corematching import CoreMatching
 from vlmprune.pruners.divprune import DivPrune
 from vlmprune.pruners.explain import Explain, FirstLayerAttention
 from vlmprune.pruners.fastv import FastV
@@ -19,6 +20,7 @@ from vlmprune.pruners.random import Random
 from vlmprune.pruners.scope import PerFrame, PerTile
 from vlmprune.pruners.sparsevlm import SparseVLM
 from vlmprune.pruners.todre import ToDRE
+from vlmprune.pruners.token_correlation import TokenCorrelation
 from vlmprune.pruners.tome import ToMe
 from vlmprune.pruners.transprune import TransPrune
 from vlmprune.pruners.uniform import Uniform
@@ -32,6 +34,7 @@ __all__ = [
     "ATPCalibrated",
     "CDPruner",
     "Compose",
+    "CoreMatching",
     "DivPrune",
     "Explain",
     "FastV",
@@ -51,6 +54,7 @@ __all__ = [
     "SparseVLM",
     "ToDRE",
     "ToMe",
+    "TokenCorrelation",
     "TransPrune",
     "Uniform",
     "VisionDrop",
