@@ -23,9 +23,14 @@ import vlmprune
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from PIL.Image import Image
+
     from vlmprune.ask import Answer, Chat
     from vlmprune.contract import Pruner
     from vlmprune.demo import Row
+    from vlmprune.overlay import Panel
+    from vlmprune.report import ItemReport
+    from vlmprune.video import Clip
 
 
 class _Group(TyperGroup):
@@ -152,6 +157,27 @@ def ask(
     image: Annotated[
         list[Path] | None, typer.Option(help="Image file; repeat for several.", show_default=False)
     ] = None,
+    video: Annotated[
+        list[Path] | None, typer.Option(help="Video file; repeat for several.", show_default=False)
+    ] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames read of a video.", show_default="16")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames read a second, instead.", show_default=False)] = None,
+    frame_keep: Annotated[
+        str | None,
+        typer.Option(
+            help="Frames of them shown to the model, those that fit the question best by CLIP (Free Video-LLM); "
+            "ratio or count.",
+            show_default="all",
+        ),
+    ] = None,
+    roi: Annotated[
+        float | None,
+        typer.Option(help="Area of the region that each frame is cropped to, by the question.", show_default=False),
+    ] = None,
+    clip: Annotated[
+        str | None,
+        typer.Option(help="CLIP for these: a folder, or name:weights of open_clip.", show_default="the bundled one"),
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="Hub id or folder of a checkpoint.", show_default="the bundled model")
     ] = None,
@@ -171,22 +197,27 @@ def ask(
     device: Device = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Number format.", show_default="the checkpoint's own")] = None,
 ) -> None:
-    """Ask a model about images with pruned visual tokens.
+    """Ask a model about images and videos with pruned visual tokens.
 
     The answer goes to standard output, what pruning did to standard error.
     """
-    if not image:
-        raise ValueError("no image: give at least one with --image FILE.")
+    if not image and not video:
+        raise ValueError("no image: give at least one with --image FILE, or a video with --video FILE.")
+    if not video and (frames, fps, frame_keep, roi, clip) != (None,) * 5:
+        raise ValueError(
+            "--frames, --fps, --frame-keep, --roi and --clip are about videos: give one with --video FILE."
+        )
     with _err().status("loading the model"):
         from vlmprune import ask as job
         from vlmprune.overlay import check_image_path
 
-        pictures = [job.load_image(path) for path in image]
+        pictures = [job.load_image(path) for path in image or []]
         method = _method(pruner, keep, positions, setting)
         if overlay is not None:
             check_image_path(overlay)
+        clips = _clips(video or [], question, frames, fps, frame_keep, roi, clip)
         chat = _chat(model, device, dtype)
-        inputs = job.encode(chat, pictures, question)
+        inputs = job.encode(chat, pictures, question, clips)
     with _err().status("answering"):
         if compare:
             full, pruned = job.compare(chat, inputs, method, max_new_tokens, repeats)
@@ -195,6 +226,10 @@ def ask(
     report = pruned.report
     assert report is not None
     console, notes = _out(), _err()
+    for path, part in zip(video or [], clips):
+        notes.print(f"[dim]{escape(_watched(path, part))}[/]", highlight=False, soft_wrap=True)
+    if clips and getattr(chat.processor, "video_processor", None) is None:
+        notes.print(f"[dim]{escape(chat.name)} takes no videos: it sees their frames as images.[/]", highlight=False)
     if full is not None:
         console.print(_compare_table(full, pruned, method))
         console.print(f"[dim]median of {repeats} after a warm-up; {escape(chat.settings)}[/]", highlight=False)
@@ -204,7 +239,7 @@ def ask(
     if not report.changed and keep is None:
         notes.print(f"[yellow]{method.name} keeps all tokens unless told otherwise: add --keep.[/]", highlight=False)
     if overlay is not None:
-        _write_overlay(overlay, chat, inputs, question, full, pruned, method)
+        _write_overlay(overlay, chat, inputs, question, full, pruned, method, clips)
         notes.print(f"wrote [bold]{escape(str(overlay))}[/]", highlight=False, soft_wrap=True)
 
 
@@ -385,25 +420,62 @@ def _e2e_table(result: dict[str, Any]) -> Table:
 @app.command()
 def methods() -> None:
     """List the pruning methods with their published settings."""
-    import dataclasses
-
-    from vlmprune.registry import pruner_classes
+    from vlmprune import methods_table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("method\n[dim]stage[/]", no_wrap=True)
     table.add_column("published settings", no_wrap=True)
-    table.add_column("what it does\n[dim]where from, signals it needs[/]")
-    for name, cls in pruner_classes().items():
-        fields = [f"{field.name}={field.default}" for field in dataclasses.fields(cls) if field.init]
-        about = " ".join((cls.__doc__ or "").split("\n\n")[0].split())
-        needs = ", ".join(["features", *sorted(cls.needs)])
+    table.add_column("what it does\n[dim]listens to the question, trained, model families, paper[/]")
+    for method in methods_table.methods():
+        traits = (
+            "query-aware" if method.query_aware else "blind to the question",
+            "trained" if method.trained else "training-free",
+            f"families: {method.where}",
+            method.paper,
+        )
         table.add_row(
-            f"[bold]{escape(name)}[/]\n[dim]{escape(cls.stage)}[/]",
-            escape("\n".join(fields)),
-            f"{escape(about)}\n[dim]{escape(cls.paper)}; {escape(needs)}[/]",
+            f"[bold]{escape(method.name)}[/]\n[dim]{escape(method.stage)}[/]",
+            escape("\n".join(method.settings)),
+            f"{escape(method.summary)}\n[dim]{escape('; '.join(traits))}[/]",
             end_section=True,
         )
-    _out().print(table)
+    console = _out()
+    console.print(table)
+    for name, paper, why in methods_table.LEFT_OUT:
+        console.print(f"[dim]left out: {escape(f'{name} ({paper}): {why}.')}[/]", highlight=False)
+
+
+def _clips(
+    paths: Sequence[Path],
+    question: str,
+    frames: int | None,
+    fps: float | None,
+    keep: str | None,
+    roi: float | None,
+    model: str | None,
+) -> list[Clip]:
+    """The videos, and of them what the question is about where that is asked for."""
+    from vlmprune.ask import parse_keep
+    from vlmprune.video import read_video
+
+    if model is not None and keep is None and roi is None:
+        raise ValueError("--clip chooses frames or regions: add --frame-keep or --roi.")
+    clips = [read_video(path, frames, fps=fps) for path in paths]
+    if not clips or (keep is None and roi is None):
+        return clips
+    from vlmprune.clip import ClipScorer
+    from vlmprune.pruners import FreeVideoLLM
+
+    chooser = FreeVideoLLM(keep=1.0 if keep is None else parse_keep(keep), roi=1.0 if roi is None else roi)
+    name, _, weights = (model or "").partition(":") if model and not Path(model).is_dir() else (model, "", "")
+    scorer = ClipScorer(name, weights or None)
+    return [chooser.frames(clip, question, scorer) for clip in clips]
+
+
+def _watched(path: Path, clip: Clip) -> str:
+    times = [f"{seconds:.2f}" for seconds in clip.timestamps]
+    shown = ", ".join(times if len(times) <= 16 else [*times[:8], "...", *times[-2:]])
+    return f"{path.name}: {len(clip)} of {clip.total} frames, at {shown} s"
 
 
 def _chat(model: str | None, device: str | None, dtype: Dtype | None = None) -> Chat:
@@ -527,15 +599,26 @@ def _compare_table(full: Answer, pruned: Answer, method: Pruner) -> Table:
 
 
 def _write_overlay(
-    path: Path, chat: Chat, inputs: Any, question: str, full: Answer | None, pruned: Answer, method: Pruner
+    path: Path,
+    chat: Chat,
+    inputs: Any,
+    question: str,
+    full: Answer | None,
+    pruned: Answer,
+    method: Pruner,
+    clips: Sequence[Clip] = (),
 ) -> None:
     from vlmprune.overlay import MUTED, TEXT, Panel, Span, item_pictures, save_image, seen_pictures, sheet
 
     report = pruned.report
     assert report is not None
-    seen = seen_pictures(inputs["pixel_values"], chat.processor.image_processor)
-    panels = []
-    for item in report.items:
+    items, panels = list(report.items), []
+    for clip in clips:
+        panels += _film(clip, items, chat)
+    if items:
+        seen = seen_pictures(inputs["pixel_values"], chat.processor.image_processor)
+        seen = seen[len(seen) - sum(len(item.geometry.grids) for item in items) :]  # a model may put frames before
+    for item in items:
         planes = len(item.geometry.grids)
         pictures, seen = seen[:planes], seen[planes:]
         note = ", amber: merged" if item.merged is not None and item.merged.any() else ""
@@ -544,7 +627,32 @@ def _write_overlay(
     lines: list[list[Span]] = [[("With all tokens: ", MUTED), (full.text, TEXT)]] if full is not None else []
     lines.append([(f"With {report.tokens_after} of {report.tokens_before} tokens: ", MUTED), (pruned.text, TEXT)])
     lines.append([(f"{chat.name}, {method.name}, keep={method.keep}, positions={method.positions}", MUTED)])
-    save_image(sheet(panels, question, lines, columns=1 if len(panels) < 3 else 2), path)
+    save_image(sheet(panels, question, lines, columns=1 if len(panels) < 3 or clips else 2), path)
+
+
+def _film(clip: Clip, items: list[ItemReport], chat: Chat) -> list[Panel]:
+    """Strips of a clip's frames with their kept tokens; takes the clip's items off the front of `items`."""
+    from vlmprune.overlay import cells, kept_last, strip
+
+    known = getattr(chat.processor, "video_processor", None)
+    own = [items.pop(0) for _ in range(1 if known is not None else len(clip))]
+    grids = [grid for item in own for grid in cells(item.geometry, *kept_last(item))]
+    tool = known or chat.processor.image_processor
+    # Several frames may share a grid: shown is the first of them.
+    each = -(-len(clip) // len(grids))
+    first = [min(plane * each, len(clip) - 1) for plane in range(len(grids))]
+    pictures = [_cropped(clip.images[at], tool) for at in first]
+    labels = [f"{clip.timestamps[at]:.2f} s: {(grid > 0).sum()} of {grid.size}" for at, grid in zip(first, grids)]
+    return strip(grids, pictures, labels)
+
+
+def _cropped(picture: Image, tool: Any) -> Image:
+    """What of a frame the model sees: its middle square where the processor crops."""
+    if not getattr(tool, "do_center_crop", False):
+        return picture
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    return picture.crop((left, top, left + side, top + side))
 
 
 def _out() -> Console:

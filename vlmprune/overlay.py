@@ -65,6 +65,12 @@ def cells(geometry: Geometry, kept: Iterable[int], merged: Iterable[bool] | None
     return planes
 
 
+def kept_last(item: ItemReport) -> tuple[list[int], list[bool] | None]:
+    """The item's tokens that are left at the end, and which of them stand for several: arguments of `cells`."""
+    last = item.stages[-1].kept if item.stages else item.kept
+    return last.tolist(), None if item.merged is None else item.merged.tolist()
+
+
 def draw_kept(picture: Image.Image, grid: np.ndarray, width: int = 384) -> Image.Image:
     """`picture`, scaled to `width`, with the cells of `grid` [rows, cols] (see `cells`) kept bright or dimmed.
 
@@ -129,14 +135,33 @@ def item_pictures(
     item: ItemReport, pictures: Sequence[Image.Image], width: int = 384
 ) -> Iterator[tuple[Image.Image, Image.Image]]:
     """(the picture alone, the picture with kept tokens) of each plane of an item; one picture per plane."""
-    last = item.stages[-1].kept if item.stages else item.kept
-    merged = None if item.merged is None else item.merged.tolist()
-    grids = cells(item.geometry, last.tolist(), merged)
+    grids = cells(item.geometry, *kept_last(item))
     for picture, grid in zip(pictures, grids, strict=True):
         # A tower ignores the pixels behind the last whole patch.
         covered = tuple(side // count * count for side, count in zip(picture.size, grid.shape[::-1], strict=True))
         seen = picture.crop((0, 0, *covered))
         yield enlarge(seen, width), draw_kept(seen, grid, width)
+
+
+def strip(
+    grids: Sequence[np.ndarray],
+    pictures: Sequence[Image.Image],
+    labels: Sequence[str],
+    columns: int = 4,
+    width: int = 230,
+) -> list[Panel]:
+    """A film strip: `columns` pictures to a panel, each with the cells of its grid (see `cells`) bright or dimmed.
+
+    Args:
+        grids: one a frame, int [rows, cols]; each covers the whole of its picture.
+        pictures: as many.
+        labels: as many.
+    """
+    drawn = [draw_kept(picture, grid, width) for picture, grid in zip(pictures, grids, strict=True)]
+    return [
+        Panel(drawn[first : first + columns], labels[first : first + columns])
+        for first in range(0, len(drawn), columns)
+    ]
 
 
 def sheet(
