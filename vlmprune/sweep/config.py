@@ -191,7 +191,8 @@ def _check_keep(keep: Any) -> None:
 
 def _sentence(error: ValidationError, where: str) -> str:
     first = error.errors()[0]
-    loc = tuple(part for part in first["loc"] if not (isinstance(part, str) and "(" in part))
+    # pydantic also names the types of a union that it tried.
+    loc = tuple(part for part in first["loc"] if isinstance(part, int) or part.islower())
     if first["type"] == "extra_forbidden":
         level = ".".join(str(part) for part in loc[:-1])
         known = list(_level(SweepConfig, loc[:-1]).model_fields)

@@ -26,7 +26,7 @@ _NUMBER_WORDS = {
 }
 _ARTICLES = frozenset({"a", "an", "the"})
 _LETTER = re.compile(
-    r"^\W*([A-Z])(?:\W|$)"  # "B", "(B)", "B. a dog"
+    r"^\W*((?i:[A-Z]))(?:[).:,]|$)"  # "B", "(b)", "B. a dog"
     r"|\b(?:answer|option|choice)(?: is)?\s*:?\s*\(?([A-Z])\b"  # "the answer is B"
     r"|\(([A-Z])\)",  # "it must be (B)"
 )
@@ -94,9 +94,8 @@ def multiple_choice(reply: str, answers: Sequence[str]) -> float:
     """
     if exact_match(reply, answers):
         return 1.0
-    text = reply.strip()
-    found = _LETTER.search(text.upper() if len(text) < 3 else text)
-    letter = next((group for group in found.groups() if group), None) if found else None
+    found = _LETTER.search(reply.strip())
+    letter = next((group.upper() for group in found.groups() if group), None) if found else None
     return float(letter in {answer.strip().upper() for answer in answers})
 
 
