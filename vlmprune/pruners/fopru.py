@@ -36,7 +36,8 @@ class FoPru(Pruner):
 
     Attributes:
         mode: "rank" or "row".
-        score: "received", or "cls": the attention of the CLS token.
+        score: "received", or "cls": the attention of the CLS token. Where a tower's patches attend to the background,
+            as those of the bundled model do, "received" keeps that and "cls" what is in front.
     """
 
     keep: Keep = 0.25
