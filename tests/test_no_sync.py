@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -18,11 +19,13 @@ def tokens_on_meta(layer: int) -> VisualTokens:
     counts = tuple(map(len, SHAPES))
     items, n, pictures = len(SHAPES), max(counts), max(len(shape.pictures) for shape in SHAPES)
     wide = {"projector_inputs": 8, "encoder_features": 8, "encoder_keys": 4, "next_keys": 4}
-    flat = ("cls_attention", "received_attention", "cls_logits_last", "next_visual_attention")
+    flat = ("cls_attention", "received_attention", "cls_attention_last", "cls_logits_last", "next_visual_attention")
     signals = {
         "cls_features": torch.empty(items, pictures, 8, device="meta"),
         **{name: torch.empty(items, n, width, device="meta") for name, width in wide.items()},
         **{name: torch.empty(items, n, device="meta") for name in flat},
+        "instruction": torch.empty(items, 5, 6, device="meta"),
+        "instruction_mask": torch.empty(items, 5, dtype=torch.bool, device="meta"),
     }
     return VisualTokens(
         features=torch.empty(items, n, 6, device="meta"),
@@ -36,6 +39,13 @@ def tokens_on_meta(layer: int) -> VisualTokens:
     )
 
 
+WRAPPED = {
+    "merge": lambda **fields: vlmprune.Merge(vlmprune.MMTok(**fields)),
+    "per_tile": lambda **fields: vlmprune.PerTile(vlmprune.Merge(vlmprune.CDPruner(**fields))),
+    "per_frame": lambda **fields: vlmprune.PerFrame(vlmprune.ToDRE(**fields)),
+}
+
+
 @pytest.mark.parametrize(
     ("name", "fields", "layer"),
     [
@@ -46,10 +56,19 @@ def tokens_on_meta(layer: int) -> VisualTokens:
         ("globalcom2", {}, 0),
         ("globalcom2", {"score": "cosine"}, 0),
         ("fopru", {}, 0),
+        ("mmtok", {}, 0),
+        ("cdpruner", {}, 0),
+        ("cdpruner", {"relevance_norm": "per_crop", "theta": 0.5}, 0),
+        ("todre", {}, 0),
+        ("todre", {"objective": "kcenter"}, 0),
+        ("merge", {}, 0),
+        ("per_tile", {}, 0),
+        ("per_frame", {}, 0),
     ],
 )
 def test_select_on_meta_tensors(name: str, fields: dict[str, Any], layer: int) -> None:
-    pruner, tokens = vlmprune.create_pruner(name, keep=0.4, **fields), tokens_on_meta(layer)
+    make = WRAPPED.get(name) or functools.partial(vlmprune.create_pruner, name)
+    pruner, tokens = make(keep=0.4, **fields), tokens_on_meta(layer)
     budget = pruner.budget(tokens.counts, layer, 32)
     selection = pruner.select(tokens, torch.tensor(budget))
     assert selection.index.shape == (len(SHAPES), max(budget))
