@@ -35,6 +35,7 @@ class FastV(Pruner):
     paper: ClassVar[str] = "arXiv 2403.06764"
     stage: ClassVar[str] = "decoder"
     needs: ClassVar[frozenset[str]] = frozenset({"last_attention"})
+    query_aware: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
