@@ -8,9 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from families import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_laws import model_of
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
+import vlmprune
 from vlmprune.contract import Geometry, VisualTokens
 from vlmprune.pruners.globalcom2 import GlobalCom2, _View, crop_ratios, holistic_scores, regions, tile_grid
 
@@ -284,3 +288,25 @@ def test_everything_is_kept_at_one_and_bad_choices_say_so() -> None:
             GlobalCom2(**fields)
     with pytest.raises(ValueError, match="use keep="):
         GlobalCom2.preset("llava-next", retention=0.3)
+
+
+@pytest.mark.parametrize("name", ["llava-next", "llava-onevision"])
+def test_on_a_model(name: str) -> None:
+    """Tiles lie as the model lays them, and the published rule's counts hold for the adapter's geometry."""
+    family = FAMILIES[name]
+    model, inputs = model_of(family), family.inputs([[1, ("image", number), 2] for number in range(3)])
+    pruner = GlobalCom2(keep=0.4, exact_budget=False, newline="drop")
+    with torch.no_grad(), vlmprune.prune(model, pruner) as session:
+        model(**inputs)
+    for item, size in zip(session.last.items, family.sizes):
+        shape = item.geometry
+        grid = get_anyres_image_grid_shape(size, model.config.image_grid_pinpoints, 16)
+        assert tile_grid(shape) == tuple(grid)
+        picture = shape.tile[item.kept]
+        assert int((picture == 0).sum()) == int(16 * 0.4)
+        assert not (picture < 0).any()
+        kept, sizes = (
+            torch.bincount(tiles[tiles > 0], minlength=len(shape.pictures))[1:] for tiles in (picture, shape.tile)
+        )
+        assert (kept <= sizes).all()
+        assert int(sizes.sum() * 0.4 * (1 - 1 / len(sizes))) - len(sizes) <= int(kept.sum()) < int(sizes.sum())
