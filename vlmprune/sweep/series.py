@@ -66,11 +66,17 @@ class Point:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A folder of `vlmprune sweep` as read."""
+    """A folder of `vlmprune sweep` as read.
+
+    Attributes:
+        timings: by row id, those that compare.
+        machines: on what timings were taken, and how many on each.
+    """
 
     about: dict[str, Any]
     rows: list[Row]
     timings: dict[str, Row]
+    machines: Counter[str]
 
     @property
     def models(self) -> list[str]:
@@ -87,11 +93,6 @@ class Sweep:
     def unreachable(self, model: str) -> list[Row]:
         return [row for row in self.rows if row["model"] == model and row["status"] != "ok"]
 
-    @property
-    def machines(self) -> Counter[str]:
-        """On what the timings were taken."""
-        return Counter(machine_of(timing) for timing in self.timings.values())
-
 
 def read_sweep(folder: Path) -> Sweep:
     """Read what a sweep wrote, finished or not.
@@ -107,9 +108,10 @@ def read_sweep(folder: Path) -> Sweep:
     if not any(row["status"] == "ok" for row in rows):
         raise ValueError(f"'{folder}' holds no finished row yet: let `vlmprune sweep` go on first.")
     timings = store.read(folder / store.TIMINGS)
-    usual = Counter(map(machine_of, timings)).most_common(1)
-    kept = {timing["id"]: timing for timing in timings if machine_of(timing) == usual[0][0]}
-    return Sweep(store.read_json(folder / store.SWEEP), rows, kept)
+    machines = Counter(map(machine_of, timings))
+    usual = machines.most_common(1)[0][0] if machines else ""
+    kept = {timing["id"]: timing for timing in timings if machine_of(timing) == usual}
+    return Sweep(store.read_json(folder / store.SWEEP), rows, kept, machines)
 
 
 def machine_of(timing: Row) -> str:
