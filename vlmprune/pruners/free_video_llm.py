@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmprune.contract import budget
-from vlmprune.pruners._frames import Clip, FrameScorer, FrameSelector
+from vlmprune.pruners._before_tower import Clip, FrameScorer, FrameSelector
 
 
 def loader_frames(total: int, count: int) -> Tensor:
