@@ -22,7 +22,8 @@ lint: .venv/installed
 	@rm -rf build
 
 accuracy: .venv/installed
-	$(BIN)/python benchmarks/accuracy.py
+	$(BIN)/vlmprune sweep benchmarks/sweep.yaml
+	$(BIN)/vlmprune report benchmarks/results/accuracy
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/kernels.py

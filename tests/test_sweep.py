@@ -261,7 +261,7 @@ def test_columns_choices_and_lists(tmp_path, digits):
     )
     first, second = load_data(DataConfig(source=str(path), columns={"question": "q"})).samples
     assert first.question == "Which?\nA. a cat\nB. a dog"
-    assert first.answers == ("B",)
+    assert first.answers == ("B", "a dog")
     assert (second.id, second.answers, len(second.images)) == ("second", ("3", "three"), 2)
 
 

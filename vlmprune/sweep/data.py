@@ -262,7 +262,9 @@ def _checked_sample(
         if not (isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)):
             raise ValueError(f"{column['choices']} must be a list of texts, got {_kind(choices)}")
         question = "\n".join([question, *(f"{chr(65 + i)}. {choice}" for i, choice in enumerate(choices))])
-        answers = tuple(chr(65 + choices.index(answer)) if answer in choices else answer for answer in answers)
+        letters = [chr(65 + choices.index(answer)) for answer in answers if answer in choices]
+        # Where options are letters themselves, a reply of one letter means the option's place.
+        answers = (*letters, *(answer for answer in answers if not (letters and len(answer) == 1)))
 
     def picture(name: str, at: int | None) -> LoadImage:
         if again is None:
