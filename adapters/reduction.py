@@ -40,6 +40,7 @@ class Reduction:
         self.layers = [layer for layer in layers if layer <= tower.feature_layer]
         self.reduce, self.proportional = reduce, proportional
         self._inputs: dict[int, Tensor] = {}
+        self._rows: list[int] = []
         self._restart(None)
 
     def watch(self) -> list[RemovableHandle]:
@@ -62,7 +63,7 @@ class Reduction:
         self._into: Tensor | None = None  # [P, T0], where each original row went
         self._size: Tensor | None = None  # fp32 [P, T]
         self._features: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
-        self._inputs = {}
+        self._inputs, self._rows = {}, []
 
     def _before_tower(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         pixels = args[0] if args else kwargs["pixel_values"]
@@ -76,6 +77,7 @@ class Reduction:
         hidden = args[0] if args else kwargs["hidden_states"]
         if number - 1 in self.layers:
             hidden = self._apply(number - 1, hidden)
+        self._rows.append(hidden.shape[1])
         if self._size is None:
             return None
         if self.proportional:
@@ -136,5 +138,7 @@ class Reduction:
         states[self.feature] = features.gather(1, into[..., None].expand(-1, -1, features.shape[-1]))
         output["hidden_states"] = tuple(states)
         kept = torch.zeros_like(into, dtype=torch.float32).scatter(1, place, size)
-        self.tower.seen.setdefault(self.tower.modality, {})["encoder_kept"] = kept[:, self.tower.prefix :].flatten()
+        seen = self.tower.seen.setdefault(self.tower.modality, {})
+        seen["encoder_kept"] = kept[:, self.tower.prefix :].flatten()
+        seen["encoder_rows"] = self._rows
         self._restart(None)

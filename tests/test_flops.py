@@ -24,7 +24,7 @@ from transformers import (
 
 import vlmprune
 from vlmprune import bundled
-from vlmprune.contract import Pruner
+from vlmprune.contract import Pruner, Reduced, Selection
 from vlmprune.flops import (
     decode_flops,
     estimate_flops,
@@ -154,6 +154,45 @@ def test_report_equals_the_counter(family, attention):
         assert ours.language_model == pytest.approx(measured[f"{top}.model.language_model"], rel=0.01)
         assert ours.total == pytest.approx(measured["Global"], rel=0.01)
     assert report.flops_pruned < report.flops_full
+
+
+class EveryOther(Pruner):
+    """Drops every other patch behind each layer of the tower: an encoder stage without arithmetic of its own."""
+
+    needs = frozenset({"encoder_kept"})
+
+    def encoder_layers(self, depth):
+        return tuple(range(depth))
+
+    def reduce(self, patches):
+        first = torch.arange(patches.prefix)
+        keep = torch.cat([first, torch.arange(patches.prefix, patches.features.shape[1], 2)])
+        into = torch.searchsorted(keep, torch.arange(patches.features.shape[1]), right=True) - 1
+        batch = len(patches.features)
+        return Reduced(patches.features[:, keep], keep.expand(batch, -1), into.expand(batch, -1))
+
+    def budget(self, counts, layer=0, depth=1):
+        return [None for _ in counts]
+
+    def select(self, tokens, budget):
+        kept = tokens.signal("encoder_kept") > 0
+        rows = [row.nonzero().flatten() for row in kept]
+        return Selection(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1))
+
+
+@pytest.mark.parametrize("family", ["llava-clip-llama", "llava-siglip-qwen2", "llava-next-video"])
+def test_report_equals_the_counter_where_the_tower_gets_shorter(family):
+    case = FAMILIES[family]
+    model, inputs = case.model(), case.inputs(BATCHES["mixed" if case.video_tokens else "unequal"])
+    with vlmprune.prune(model, EveryOther()) as session:
+        measured = count(model, **inputs)
+    report, top = session.last, type(model).__name__
+    full, pruned = report.flops
+    assert pruned.vision_tower < 0.9 * full.vision_tower
+    assert set(report.encoder_rows) == ({"image", "video"} if case.video_tokens else {"image"})
+    tower = measured[f"{top}.model.vision_tower"]
+    assert pruned.vision_tower == pytest.approx(tower, rel=0.01)
+    assert report.flops_pruned == pytest.approx(measured["Global"], rel=0.01)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -22,7 +22,7 @@ from typing import Any
 from vlmprune.contract import Pruner, budget
 from vlmprune.conventions import COUNTER, find_convention
 from vlmprune.registry import create_pruner
-from vlmprune.vision_flops import FAMILIES, TOWERS, Grid, attention, linear
+from vlmprune.vision_flops import FAMILIES, TOWERS, Grid, Rows, attention, linear
 
 Counts = float | Sequence[float]
 """Tokens in every decoder layer, or in each; whole numbers except where a paper's convention takes a mean."""
@@ -156,7 +156,8 @@ def estimate_flops(
         text_tokens: tokens of the prompt that are not visual, per row.
         visual_tokens: visual tokens of the prompt's image, or one count per item; 0 for a prompt without image.
         pruner: a method or its name; None prunes nothing. Of a method that decides for each image how much it keeps
-            (its `budget` is None), what its `keep` asks for on average is taken.
+            (its `budget` is None), what its `keep` asks for on average is taken. The tower is counted whole, also for
+            methods that merge inside it; the report of a run knows its rows.
         images: pictures that pass the vision tower, per row: patch grids, or a number of those of the config's size. By
             default as many as an item's count tells, at least; where images come in any size or lose tokens before the
             boundary (Qwen-VL's windows, LLaVA-NeXT's padding) only the grids are exact.
@@ -348,6 +349,8 @@ def prefill_flops(
     batch: int = 1,
     logits_tokens: int = 1,
     cached_tokens: Counts = 0,
+    image_rows: Rows = None,
+    frame_rows: Rows = None,
     convention: str = COUNTER,
 ) -> Flops:
     """FLOPs of one forward pass over a batch.
@@ -360,6 +363,8 @@ def prefill_flops(
         batch: rows.
         logits_tokens: positions per row that pass the head: 1 in `generate()`, all of them in a plain `forward()`.
         cached_tokens: keys per row that each layer already holds (a second turn, a decode step).
+        image_rows, frame_rows: rows of a picture, CLS included, in each layer of the vision tower, where a method
+            merges between them (CLIP and SigLIP); None: all patches.
         convention: see `estimate_flops`; all but "counter" leave the vision side and the head out.
 
     Raises:
@@ -372,7 +377,7 @@ def prefill_flops(
     if counting is not None:
         layers = (LayerFlops(*counting.layer(text, q, q + past, batch)) for q, past in zip(queries, cached))
         return Flops(0, 0, tuple(layers), 0)
-    of_images, of_frames = _vision(config, images, False), _vision(config, frames, True)
+    of_images, of_frames = _vision(config, images, False, image_rows), _vision(config, frames, True, frame_rows)
     return Flops(
         vision_tower=of_images[0] + of_frames[0],
         projector=of_images[1] + of_frames[1],
@@ -486,13 +491,13 @@ def _scaled(value: float, base: int, units: Sequence[str]) -> str:
     return f"{value:.3g} {units[-1]}"
 
 
-def _vision(config: Any, pictures: Pictures, video: bool) -> tuple[int, int]:
+def _vision(config: Any, pictures: Pictures, video: bool, rows: Rows) -> tuple[int, int]:
     """FLOPs of (tower, projector) over all these pictures."""
     family, tower, projector = FAMILIES[config.model_type], 0, 0
     if isinstance(pictures, int):
         pictures = family.pictures(config, 1)[:1] * pictures
     for grid, times in Counter(pictures).items():
-        each = family.cost(config, grid, video)
+        each = family.cost(config, grid, video, rows)
         tower, projector = tower + times * each[0], projector + times * each[1]
     return tower, projector
 

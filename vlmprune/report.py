@@ -78,6 +78,8 @@ class PruneReport:
         columns: int64 [B, P], original column (within the call) of every row position left at the end, -1 for padding;
             None if nothing was removed. Column j of the call's logits belongs to `columns[:, j]`.
         kv_bytes: bytes that each layer's cache held after the call; empty without a cache.
+        encoder_rows: "image" or "video" -> rows of a picture in each layer of the vision tower, where the method merged
+            between them.
     """
 
     pruner: Pruner
@@ -90,6 +92,7 @@ class PruneReport:
     logits_to_keep: int
     columns: Tensor | None = None
     kv_bytes: list[int] = field(default_factory=list)
+    encoder_rows: dict[str, list[int]] = field(default_factory=dict)
     config: Any = field(default=None, repr=False)
     timers: list[Callable[[], float]] = field(default_factory=list, repr=False)
 
@@ -148,20 +151,22 @@ class PruneReport:
         for item in self.items:
             pictures[item.geometry.kind] += item.geometry.pictures
 
-        def cost(tokens: int | list[int], cached: int | list[int], last: int) -> Flops:
+        def cost(tokens: int | list[int], cached: int | list[int], last: int, rows: dict[str, list[int]]) -> Flops:
             return prefill_flops(
                 self.config,
                 layer_tokens=tokens,
                 cached_tokens=cached,
                 images=pictures["image"],
                 frames=pictures["video"],
+                image_rows=rows.get("image"),
+                frame_rows=rows.get("video"),
                 batch=self.batch,
                 logits_tokens=min(self.logits_to_keep or last, last),
             )
 
         return (
-            cost(self.length, self.seen, self.length),
-            cost(self.layer_tokens, self.cached_tokens, self.layer_tokens[-1]),
+            cost(self.length, self.seen, self.length, {}),
+            cost(self.layer_tokens, self.cached_tokens, self.layer_tokens[-1], self.encoder_rows),
         )
 
     @property

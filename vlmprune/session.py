@@ -354,6 +354,9 @@ class Session:
             cached_tokens=held,
             seen=course.seen,
             logits_to_keep=keep,
+            encoder_rows={
+                kind: left["encoder_rows"] for kind, left in self.adapter.tower.seen.items() if "encoder_rows" in left
+            },
             config=self.adapter.config,
         )
 

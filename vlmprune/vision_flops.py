@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 Grid = tuple[int, int]
+Rows = Sequence[int] | None
+"""Rows of a picture in each layer of the tower, where a method merges some between them; None: all in all."""
 
 
 def linear(rows: int, inputs: int, outputs: int) -> int:
@@ -28,11 +30,12 @@ class Vision:
     """The vision side of one family.
 
     Attributes:
-        cost: (config, patch grid, whether it is a frame of a video) -> FLOPs of (tower, projector) for one picture.
+        cost: (config, patch grid, whether it is a frame of a video, rows in each layer) -> FLOPs of (tower, projector)
+            for one picture.
         pictures: (config, visual tokens of one image) -> patch grids of its pictures, as far as the count tells.
     """
 
-    cost: Callable[[Any, Grid, bool], tuple[int, int]]
+    cost: Callable[[Any, Grid, bool, Rows], tuple[int, int]]
     pictures: Callable[[Any, int], list[Grid]]
 
 
@@ -40,14 +43,18 @@ def pair(size: int | Sequence[int]) -> Grid:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def _encoder(config: Any, tokens: int, mlp_linears: int = 2) -> int:
+def _encoder(config: Any, tokens: int, rows: Rows) -> int:
     """All layers of a plain vision transformer over one picture.
 
     The layers behind `vision_feature_layer` run too: the tower returns hidden states, it does not stop early.
     """
     width, heads = config.hidden_size, config.num_attention_heads
-    layer = 4 * linear(tokens, width, width) + mlp_linears * linear(tokens, width, config.intermediate_size)
-    return config.num_hidden_layers * (layer + attention(1, heads, width // heads, tokens, tokens))
+
+    def layer(count: int) -> int:
+        mlp = 2 * linear(count, width, config.intermediate_size)
+        return 4 * linear(count, width, width) + mlp + attention(1, heads, width // heads, count, count)
+
+    return sum(layer(count) for count in (rows or [tokens] * config.num_hidden_layers))
 
 
 def _embedding(config: Any, patches: int) -> int:
@@ -55,23 +62,23 @@ def _embedding(config: Any, patches: int) -> int:
     return linear(patches, config.num_channels * patch_rows * patch_cols, config.hidden_size)
 
 
-def _clip_tower(config: Any, grid: Grid) -> int:
+def _clip_tower(config: Any, grid: Grid, rows: Rows) -> int:
     """With a CLS token; InternVL's tower is built alike."""
     patches = grid[0] * grid[1]
-    return _embedding(config, patches) + _encoder(config, patches + 1)
+    return _embedding(config, patches) + _encoder(config, patches + 1, rows)
 
 
-def _siglip_tower(config: Any, grid: Grid) -> int:
+def _siglip_tower(config: Any, grid: Grid, rows: Rows) -> int:
     """The attention-pooling head runs although LLaVA discards its output."""
     patches, head = grid[0] * grid[1], 0
     if getattr(config, "vision_use_head", True):
-        width, heads = config.hidden_size, config.num_attention_heads
-        head = 2 * linear(patches, width, width) + 2 * linear(1, width, width)
-        head += attention(1, heads, width // heads, 1, patches) + 2 * linear(1, width, config.intermediate_size)
-    return _embedding(config, patches) + _encoder(config, patches) + head
+        width, heads, left = config.hidden_size, config.num_attention_heads, rows[-1] if rows else patches
+        head = 2 * linear(left, width, width) + 2 * linear(1, width, width)
+        head += attention(1, heads, width // heads, 1, left) + 2 * linear(1, width, config.intermediate_size)
+    return _embedding(config, patches) + _encoder(config, patches, rows) + head
 
 
-def _qwen_tower(config: Any, grid: Grid) -> int:
+def _qwen_tower(config: Any, grid: Grid, rows: Rows) -> int:
     """Qwen2-VL, Qwen2.5-VL (gated MLP, most layers attend in windows) and Qwen3-VL, without mergers."""
     patches = grid[0] * grid[1]
     width = getattr(config, "embed_dim", None) or config.hidden_size
@@ -93,7 +100,7 @@ def _qwen_tower(config: Any, grid: Grid) -> int:
     return total + full * whole + (config.depth - full) * parted
 
 
-TOWERS: dict[str, Callable[[Any, Grid], int]] = {
+TOWERS: dict[str, Callable[[Any, Grid, Rows], int]] = {
     "clip_vision_model": _clip_tower,
     "siglip_vision_model": _siglip_tower,
     "internvl_vision": _clip_tower,
@@ -104,11 +111,11 @@ TOWERS: dict[str, Callable[[Any, Grid], int]] = {
 }
 
 
-def _tower(config: Any, grid: Grid) -> int:
-    return TOWERS[config.vision_config.model_type](config.vision_config, grid)
+def _tower(config: Any, grid: Grid, rows: Rows) -> int:
+    return TOWERS[config.vision_config.model_type](config.vision_config, grid, rows)
 
 
-def _llava(config: Any, grid: Grid, video: bool) -> tuple[int, int]:
+def _llava(config: Any, grid: Grid, video: bool, inside: Rows) -> tuple[int, int]:
     vision, width = config.vision_config, config.text_config.hidden_size
     rows = grid[0] * grid[1]
     if vision.model_type == "clip_vision_model":
@@ -119,23 +126,23 @@ def _llava(config: Any, grid: Grid, video: bool) -> tuple[int, int]:
         rows //= config.spatial_pool_stride**2
     layers = config.vision_feature_layer
     inputs = vision.hidden_size * (1 if isinstance(layers, int) else len(layers))
-    return _tower(config, grid), linear(rows, inputs, width) + linear(rows, width, width)
+    return _tower(config, grid, inside), linear(rows, inputs, width) + linear(rows, width, width)
 
 
-def _internvl(config: Any, grid: Grid, video: bool) -> tuple[int, int]:
+def _internvl(config: Any, grid: Grid, video: bool, inside: Rows) -> tuple[int, int]:
     width, fold = config.text_config.hidden_size, round(1 / config.downsample_ratio)
     rows = grid[0] * grid[1] // fold**2
     projector = linear(rows, config.vision_config.hidden_size * fold**2, width) + linear(rows, width, width)
-    return _tower(config, grid), projector
+    return _tower(config, grid, inside), projector
 
 
-def _qwen(config: Any, grid: Grid, video: bool) -> tuple[int, int]:
+def _qwen(config: Any, grid: Grid, video: bool, inside: Rows) -> tuple[int, int]:
     """The projector: the merger, and Qwen3-VL's mergers for the deepstack layers."""
     vision = config.vision_config
     rows = grid[0] * grid[1] // vision.spatial_merge_size**2
     width = (getattr(vision, "embed_dim", None) or vision.hidden_size) * vision.spatial_merge_size**2
     mergers = 1 + len(getattr(vision, "deepstack_visual_indexes", ()))
-    return _tower(config, grid), mergers * (
+    return _tower(config, grid, inside), mergers * (
         linear(rows, width, width) + linear(rows, width, config.text_config.hidden_size)
     )
 
