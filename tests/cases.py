@@ -12,6 +12,7 @@ from families import FamilyCase, Part
 
 import vlmprune
 from vlmprune.contract import SIGNALS
+from vlmprune.pruners.gsearch import Schedule
 from vlmprune.signals import resolve
 
 
@@ -53,6 +54,11 @@ def wrapped(kind: Callable[[vlmprune.Pruner], vlmprune.Pruner]) -> Callable[...,
     return make
 
 
+def searched(**fields: Any) -> vlmprune.GSearch:
+    """A schedule for the three layers of the tiny models."""
+    return vlmprune.GSearch(schedule=Schedule((1.0, 0.5, 0.25)), **fields)
+
+
 @dataclass
 class PrunerCase:
     """A pruner and two settings of it, easy and hard, each with `keep` well below 1."""
@@ -74,8 +80,8 @@ PRUNERS = {
         PrunerCase("pool"),
         PrunerCase("random", ({"keep": 0.3, "seed": 3}, {"keep": 4})),
         PrunerCase("uniform"),
-        PrunerCase("pyramiddrop", ({"keep": 0.5}, {"keep": 20})),
-        PrunerCase("transprune", ({"keep": 0.5}, {"keep": 20, "alpha": 1.0})),
+        PrunerCase("pyramiddrop", ({"keep": 0.5}, {"keep": 0.7})),
+        PrunerCase("transprune", ({"keep": 0.5}, {"keep": 0.7, "alpha": 1.0})),
         PrunerCase("mmtok"),
         PrunerCase("cdpruner", ({"keep": 0.3}, {"keep": 4, "theta": 0.5})),
         # The second stage keeps all, then none.
@@ -103,6 +109,12 @@ PRUNERS = {
         ),
         PrunerCase("yopo", ({"keep": 0.5}, {"keep": 0.3})),
         PrunerCase("corematching", ({"keep": 0.5}, {"elbow": True})),
+        PrunerCase("gsearch", ({"keep": 0.5}, {"query": "last"}), searched),
+        PrunerCase("psigmoid", ({"keep": 0.5, "start": 1}, {"keep": 0.8})),
+        # They compare frames; what every fourth frame alone would exceed, DyCoke refuses.
+        PrunerCase("evs"),
+        PrunerCase("vidcom2"),
+        PrunerCase("dycoke", ({"keep": 0.6, "drop": 0.0}, {"keep": 0.8, "drop": 0.0})),
         # Two stages inside the decoder; the boundary and a stage that removes every visual token.
         PrunerCase("staged", ({}, {"schedule": ((0, 0.5), (1, 0.25), (2, 0.0))}), Staged),
         PrunerCase("compose", ({}, {"first": "pool"}), composed),

@@ -5,11 +5,14 @@ from vlmprune.pruners.cdpruner import CDPruner
 from vlmprune.pruners.compose import Compose
 from vlmprune.pruners.corematching import CoreMatching
 from vlmprune.pruners.divprune import DivPrune
+from vlmprune.pruners.dycoke import DyCoke
+from vlmprune.pruners.evs import EVS
 from vlmprune.pruners.explain import Explain, FirstLayerAttention
 from vlmprune.pruners.fastv import FastV
 from vlmprune.pruners.fopru import FoPru
 from vlmprune.pruners.free_video_llm import FreeVideoLLM
 from vlmprune.pruners.globalcom2 import GlobalCom2
+from vlmprune.pruners.gsearch import GSearch, PSigmoid
 from vlmprune.pruners.merge import Merge
 from vlmprune.pruners.mmtok import MMTok
 from vlmprune.pruners.mustdrop import MustDrop
@@ -24,27 +27,32 @@ from vlmprune.pruners.token_correlation import TokenCorrelation
 from vlmprune.pruners.tome import ToMe
 from vlmprune.pruners.transprune import TransPrune
 from vlmprune.pruners.uniform import Uniform
+from vlmprune.pruners.vidcom2 import VidCom2
 from vlmprune.pruners.visiondrop import VisionDrop
 from vlmprune.pruners.visionzip import VisionZip
 from vlmprune.pruners.yopo import YOPO
 
 __all__ = [
     "ATP",
+    "EVS",
     "YOPO",
     "ATPCalibrated",
     "CDPruner",
     "Compose",
     "CoreMatching",
     "DivPrune",
+    "DyCoke",
     "Explain",
     "FastV",
     "FirstLayerAttention",
     "FoPru",
     "FreeVideoLLM",
+    "GSearch",
     "GlobalCom2",
     "MMTok",
     "Merge",
     "MustDrop",
+    "PSigmoid",
     "PerFrame",
     "PerTile",
     "PiToMe",
@@ -57,6 +65,7 @@ __all__ = [
     "TokenCorrelation",
     "TransPrune",
     "Uniform",
+    "VidCom2",
     "VisionDrop",
     "VisionZip",
 ]
