@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from vlmprune import bundled, registry
+from vlmprune.pruners.gsearch import Schedule
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -32,6 +33,19 @@ def test_own_method(capsys) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(bundled.demo_scenes()[0].questions)
     assert all("144 -> 36 visual tokens" in line for line in lines)
+
+
+def test_search_schedule(monkeypatch, capsys, tmp_path) -> None:
+    out = tmp_path / "schedule.json"
+    arguments = ["search_schedule.py", "--scenes", "1", "--step", "0.5", "--tolerance", "0.2", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    runpy.run_path(str(EXAMPLES / "search_schedule.py"), run_name="__main__")
+    evaluations, _, report = capsys.readouterr().out.splitlines()
+    assert int(evaluations.split()[0]) <= 4
+    ratios = Schedule.load(out).ratios
+    assert len(ratios) == 4
+    assert ratios[0] == 1 > ratios[-1]
+    assert report.startswith("144 -> 72 visual tokens")
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
