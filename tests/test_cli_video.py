@@ -15,7 +15,8 @@ from PIL import Image
 from test_cli import call
 from videos import picture, processor, write
 
-from vlmprune import ask
+from vlmprune import ask, bundled
+from vlmprune.video import Clip
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,32 @@ def test_a_video_is_asked_about_and_its_strip_drawn(film, shared, tmp_path):
     page = Image.open(strip)
     assert page.width > 3 * 230
     assert np.asarray(page.convert("L")).std() > 20
+
+
+def test_the_bundled_video_model_answers_by_default(tmp_path):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("skimage")
+    import av
+
+    from vlmprune.video_scenes import digit_clips
+
+    film = next(digit_clips("test", 1, seed=7, frames=(8, 8), kinds=["count"]))
+    path, strip = tmp_path / "digits.mp4", tmp_path / "strip.png"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=24)
+        stream.width = stream.height = 96
+        stream.pix_fmt, stream.options = "yuv444p", {"crf": "4"}
+        for frame in film.frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    result = call("ask", "--video", path, "--keep", 1.0, "--overlay", strip, film.questions[0].text)
+    assert result.exit_code == 0, result.stderr
+    model, tool = bundled.load_video()
+    raw = ask.prompt_inputs(tool, film.questions[0].text, clips=[Clip.of(film.frames, 24)])
+    ids = model.generate(**raw, max_new_tokens=8, do_sample=False)[0, raw["input_ids"].shape[1] :]
+    assert result.stdout.strip() == tool.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    assert "sees their frames as images" not in result.stderr
+    assert strip.exists()
 
 
 def test_frames_and_region_by_the_question(tmp_path, shared):

@@ -179,7 +179,7 @@ def ask(
         typer.Option(help="CLIP for these: a folder, or name:weights of open_clip.", show_default="the bundled one"),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Hub id or folder of a checkpoint.", show_default="the bundled model")
+        str | None, typer.Option(help="Hub id or folder of a checkpoint.", show_default="a bundled one")
     ] = None,
     pruner: PrunerName = "divprune",
     keep: Annotated[
@@ -216,7 +216,7 @@ def ask(
         if overlay is not None:
             check_image_path(overlay)
         clips = _clips(video or [], question, frames, fps, frame_keep, roi, clip)
-        chat = _chat(model, device, dtype)
+        chat = _chat(model, device, dtype, video=bool(clips))
         inputs = job.encode(chat, pictures, question, clips)
     with _err().status("answering"):
         if compare:
@@ -478,13 +478,16 @@ def _watched(path: Path, clip: Clip) -> str:
     return f"{path.name}: {len(clip)} of {clip.total} frames, at {shown} s"
 
 
-def _chat(model: str | None, device: str | None, dtype: Dtype | None = None) -> Chat:
+def _chat(model: str | None, device: str | None, dtype: Dtype | None = None, video: bool = False) -> Chat:
     import torch
 
+    from vlmprune import bundled
     from vlmprune.ask import load_chat
 
     if model is None:
-        torch.set_num_threads(1)  # for a model as small as the bundled one, threads cost more than they bring
+        torch.set_num_threads(1)  # for models as small as the bundled ones, threads cost more than they bring
+        if video:
+            model, dtype = str(bundled.video_model_path()), dtype or Dtype.float32
     return load_chat(model, device, dtype.value if dtype else None)
 
 
