@@ -25,6 +25,22 @@ def test_ask_image(monkeypatch, capsys, tmp_path) -> None:
     assert report.startswith("144 -> 72 visual tokens")
 
 
+def test_ask_video(monkeypatch, capsys, tmp_path) -> None:
+    pytest.importorskip("av")
+    pytest.importorskip("open_clip")
+    from videos import write
+
+    film = write(tmp_path / "film.mp4", frames=12, fps=4)
+    arguments = ["ask_video.py", str(film), "How many digits are there?", "--frames", "6", "--frame-keep", "4"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    runpy.run_path(str(EXAMPLES / "ask_video.py"), run_name="__main__")
+    times, answer, report = capsys.readouterr().out.splitlines()
+    assert times.startswith("frames at ")
+    assert times.count(",") == 3
+    assert answer
+    assert "visual tokens" in report
+
+
 def test_own_method(capsys) -> None:
     try:
         runpy.run_path(str(EXAMPLES / "own_method.py"), run_name="__main__")
