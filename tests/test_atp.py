@@ -312,7 +312,7 @@ def test_hard_masks_of_the_training_keep_what_the_session_keeps(training: Any, n
         torch.testing.assert_close(pruned[row], masked[row], atol=1e-4, rtol=0)
 
 
-def test_training_lowers_the_loss_and_saves(training: Any, tmp_path: Path) -> None:
+def test_training_moves_the_modules_and_saves(training: Any, tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     pytest.importorskip("skimage")
     settings = training.Settings(out=tmp_path, scenes=(8, 2), steps=3, batch=8, wanted=(0.1, 0.4))

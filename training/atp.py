@@ -58,6 +58,7 @@ class Settings:
     Attributes:
         model: checkpoint, hub id or folder; None: the bundled model.
         data: JSON Lines file; None: scenes drawn by `vlmprune.scenes`.
+        start: folder of modules to go on from.
         scenes: number of these, for training and for measuring.
         steps, batch, rate, language_rate: of AdamW, cosine decay; `batch` is per process.
         wanted: least and largest average share, behind the first module, that a batch asks for (log-uniform).
@@ -69,15 +70,16 @@ class Settings:
     out: Path = Path("out/atp")
     model: str | None = None
     data: str | None = None
-    scenes: tuple[int, int] = (1200, 192)
-    steps: int = 500
-    batch: int = 48
-    rate: float = 3e-3
+    start: str | None = None
+    scenes: tuple[int, int] = (600, 64)
+    steps: int = 200
+    batch: int = 24
+    rate: float = 1e-2
     language_rate: float = 2e-5
-    wanted: tuple[float, float] = (0.015, 0.6)
-    temperature: tuple[float, float] = (10.0, 100.0)
-    lambda_atp: float = 0.05
-    lambda_target: float = 0.2
+    wanted: tuple[float, float] = (0.03, 0.5)
+    temperature: tuple[float, float] = (30.0, 150.0)
+    lambda_atp: float = 0.02
+    lambda_target: float = 0.05
     hidden: int = 64
     tune: bool = False
     seed: int = 3
@@ -91,6 +93,7 @@ class SoftPruning:
         temperature: of the masks; None: hard ones, as in inference.
         prompt: bool [B, S], columns that belong to the prompt, of the next call.
         left: after a call, each module's masks [I, N], multiplied over modules.
+        statistics: what each module was told, [I, 10].
         counts: number of each item's tokens, float [I].
     """
 
@@ -99,6 +102,7 @@ class SoftPruning:
         self.wanted, self.temperature = 1.0, 10.0
         self.prompt: Tensor
         self.left: list[Tensor] = []
+        self.statistics: list[Tensor] = []
         self.counts: Tensor
         self._items: list[Item] = []
         self._attention: Tensor
@@ -117,7 +121,7 @@ class SoftPruning:
 
     def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._items = self.adapter.items(self.adapter.bind(args, kwargs))
-        self.left, self._bias = [], None
+        self.left, self.statistics, self._bias = [], [], None
         device = self.prompt.device
         lengths = [item.length for item in self._items]
         self.counts = torch.tensor(lengths, dtype=torch.float32, device=device)
@@ -163,7 +167,9 @@ class SoftPruning:
         cross = cross_scores(maps, self._text)
         redundancy = (normalise(own, alive) + normalise(cross, alive)) / 2
         wanted = torch.full_like(self.counts, self.wanted)
-        thresholds = self.modules.heads[number](statistics(own, cross, alive, self.counts, wanted))
+        items = statistics(own, cross, alive, self.counts, wanted)
+        self.statistics.append(items)
+        thresholds = self.modules.heads[number](items)
         if self.temperature:
             mask = alive * soft_mask(redundancy, self._spatial, thresholds, self.temperature)
         else:
@@ -224,7 +230,12 @@ def train(settings: Settings) -> ThresholdModules:
     set_seed(settings.seed)
     model, processor = load(settings.model)
     depth = len(adapter_for(model).decoder_layers)
-    modules = ThresholdModules(stage_layers(LAYERS, depth), depth, settings.hidden)
+    layers = stage_layers(LAYERS, depth)
+    modules = ThresholdModules(layers, depth, settings.hidden)
+    if settings.start:
+        modules = ThresholdModules.load(settings.start).train().requires_grad_(True)
+        if (modules.layers, modules.depth) != (layers, depth):
+            raise ValueError(f"{settings.start!r} holds modules for another language model: start without it")
     model.requires_grad_(False)
     groups = [{"params": list(modules.parameters()), "lr": settings.rate}]
     if settings.tune:
@@ -249,6 +260,8 @@ def train(settings: Settings) -> ThresholdModules:
         Training(model, modules, settings), optimizer, decay, loader, held
     )
     began, batches = time.monotonic(), forever(loader)
+    if not settings.start:
+        standardise(accelerator, training, modules, batches, settings)
     seen: list[dict[str, float]] = []
     for step in range(settings.steps):
         wanted, temperature = schedule(settings, step)
@@ -280,13 +293,30 @@ def train(settings: Settings) -> ThresholdModules:
 
 
 @torch.no_grad()
+def standardise(
+    accelerator: Accelerator,
+    training: nn.Module,
+    modules: ThresholdModules,
+    batches: Iterator[dict[str, Tensor]],
+    settings: Settings,
+) -> None:
+    """Measure each module's statistics on a few batches, before anything is trained."""
+    pruning, seen = accelerator.unwrap_model(training).pruning, []
+    for step in range(8):
+        training(next(batches), schedule(settings, step)[0], settings.temperature[0])
+        seen.append([accelerator.gather(each) for each in pruning.statistics])
+    for head, each in zip(modules.heads, zip(*seen)):
+        head.standardise(torch.cat(each))
+
+
+@torch.no_grad()
 def measure(
     accelerator: Accelerator, training: nn.Module, modules: ThresholdModules, held: DataLoader, settings: Settings
 ) -> list[tuple[float, float, float]]:
     """(asked, kept, share of right answers) with hard masks, where a larger average asked for keeps more."""
     low, high = map(math.log, settings.wanted)
     rows: list[tuple[float, float, float]] = []
-    for wanted in (math.exp(low + (high - low) * i / 8) for i in range(9)):
+    for wanted in (math.exp(low + (high - low) * i / 6) for i in range(7)):
         kept, right = [], []
         for inputs in held:
             parts = training(inputs, wanted, None)

@@ -102,18 +102,31 @@ def hard_mask(redundancy: Tensor, spatial: Tensor, thresholds: tuple[Tensor, Ten
 
 
 class ThresholdHead(nn.Module):
-    """Eq. 6 to 8: from an item's statistics [I, 10] its two thresholds, [I] each, in (0, 1)."""
+    """Eq. 6 to 8: from an item's statistics [I, 10] its two thresholds, [I] each, in (0, 1).
+
+    Statistics are first brought to zero mean and unit deviation by constants that `standardise` measures.
+    """
+
+    centre: Tensor
+    scale: Tensor
 
     def __init__(self, hidden: int = 64) -> None:
         super().__init__()
+        self.register_buffer("centre", torch.zeros(STATISTICS))
+        self.register_buffer("scale", torch.ones(STATISTICS))
         self.mix = nn.Linear(STATISTICS, hidden)
         self.redundancy = nn.Linear(hidden, 1)
         self.spatial = nn.Linear(hidden, 1)
         nn.init.constant_(self.redundancy.bias, -2.0)
         nn.init.constant_(self.spatial.bias, 3.0)  # at first only the coarsest grid is near
 
+    def standardise(self, items: Tensor) -> None:
+        """Measure the constants on statistics [M, 10]; those that do not vary are only centred."""
+        deviation, self.centre = torch.std_mean(items.detach(), 0)
+        self.scale = torch.where(deviation > 1e-3, deviation, 1.0)
+
     def forward(self, items: Tensor) -> tuple[Tensor, Tensor]:
-        mixed = nn.functional.gelu(self.mix(items))
+        mixed = nn.functional.gelu(self.mix((items - self.centre) / self.scale))
         return self.redundancy(mixed).sigmoid().squeeze(1), self.spatial(mixed).sigmoid().squeeze(1)
 
 
