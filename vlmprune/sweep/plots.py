@@ -54,7 +54,7 @@ def curve(points: Sequence[Point], cost: Cost, axis: str, title: str, metric: st
         axes.errorbar(
             [_number(cost(p)) for p in own],
             [100 * p.accuracy for p in own],
-            yerr=_bars([(100 * p.accuracy, *(100 * end for end in p.interval)) for p in own]),
+            yerr=_bars([_percent(p) for p in own]),
             xerr=_bars([_spread(p) for p in own]) if cost is latency_cost else None,
             color=colour,
             ls="--" if positions == "compact" and dash == "-" else dash,
@@ -111,7 +111,7 @@ def panels(points: Sequence[Point], title: str, metric: str) -> Any:
                 axes.errorbar(
                     [flops_cost(p) for p in own],
                     [100 * p.accuracy for p in own],
-                    yerr=_bars([(100 * p.accuracy, *(100 * end for end in p.interval)) for p in own]),
+                    yerr=_bars([_percent(p) for p in own]),
                     color=_COLOURS[0],
                     ls="--" if positions == "compact" else "-",
                     marker="o",
@@ -179,6 +179,11 @@ def _spread(point: Point) -> tuple[float, float, float]:
     times = point.first_token_ms
     assert times is not None
     return times["median"], times["q1"], times["q3"]
+
+
+def _percent(point: Point) -> tuple[float, float, float]:
+    low, high = point.interval
+    return 100 * point.accuracy, 100 * low, 100 * high
 
 
 def _number(value: float | None) -> float:

@@ -130,7 +130,8 @@ def _matrix(points: Sequence[Point]) -> dict[str, Any]:
     for (label, positions), own in lines(points).items():
         cells = {point.setting.keep: point for point in own}
         table.append((label, positions, [cells.get(keep) for keep in keeps]))
-    best = [max((row[2][i].accuracy for row in table if row[2][i]), default=None) for i in range(len(keeps))]
+    columns = zip(*(cells for _, _, cells in table))
+    best = [max((point.accuracy for point in column if point), default=None) for column in columns]
     return {"keeps": keeps, "rows": sorted(table, key=_rank), "best": best}
 
 
@@ -276,7 +277,7 @@ def _few(pairs: list[tuple[Point, dict[str, Any]]]) -> list[tuple[Point, dict[st
 
 
 def _pictures(folder: Path, place: int) -> list[Image.Image]:
-    pictures = []
+    pictures: list[Image.Image] = []
     while len(pictures) < MAX_PLANES and (path := folder / f"{place}-{len(pictures)}.png").exists():
         with Image.open(path) as picture:
             pictures.append(picture.convert("RGB"))
