@@ -161,8 +161,8 @@ def tried() -> dict[str, Any]:
             continue
         try:
             needs = cls().needs
-        except (ValueError, TypeError):  # takes weights, or other methods
-            needs = cls.needs
+        except (ValueError, TypeError):  # takes weights, or a file: its needs by its fields' defaults
+            needs = object.__new__(cls).needs
         names.append(name)
         if missing := [family for family, adapter in adapters.items() if resolve(needs, adapter.signals)[1]]:
             lacking[name] = missing
