@@ -396,7 +396,8 @@ def _ask_order(rng: np.random.Generator, actors: tuple[Actor, ...], length: int)
 
 def _ask_moment(rng: np.random.Generator, actors: tuple[Actor, ...], length: int) -> list[VideoQuestion]:
     """What has a colour at one moment; colours that change their digit come first."""
-    hard, easy = [], []
+    hard: list[VideoQuestion] = []
+    easy: list[VideoQuestion] = []
     for moment in rng.permutation(MOMENTS).tolist():
         frames = moment_frames(moment, length)
         for index in rng.permutation(len(actors)).tolist():
