@@ -10,7 +10,7 @@ demo: .venv/installed
 	$(BIN)/vlmprune demo
 
 test: .venv/installed lint
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto
 
 # Linted as installed: there the mapped folders lie inside the package, as every tool expects.
 lint: .venv/installed

@@ -101,7 +101,7 @@ class Adapter(ABC):
             index = geometry.sources[:, :1] + sum(patches)
         else:
             index = geometry.sources + sum(patches)
-        missing = (index < 0) | (geometry.placeless[:, None] & (index.shape[1] >= 1))
+        missing = (index < 0) | geometry.placeless[:, None]
         index, missing = (part.to(table.device, non_blocking=True) for part in (index.clamp(min=0), missing))
         rows = table[index]
         rows = rows.masked_fill(missing.view(*missing.shape, *[1] * (rows.ndim - 2)), 0)
@@ -196,8 +196,8 @@ class Adapter(ABC):
             known = self._encoded.get(each)
             if known is None and alike is not None and each.shape[-2:] == alike[0].shape[-2:]:
                 # A copy that beam search made: only one of several pictures has to be looked for.
-                same = (alike[0] == each).flatten(1).all(1).nonzero() if len(alike[0]) > 1 else ()
-                known = (alike[1], int(same[0]) if len(same) else 0)
+                same = (alike[0] == each).flatten(1).all(1).nonzero().flatten().tolist() if len(alike[0]) > 1 else []
+                known = (alike[1], same[0] if same else 0)
             found.append(known)
         if None in found:
             raise ValueError(
@@ -229,7 +229,10 @@ class Adapter(ABC):
                 self._encoding = False
             rows = getattr(output, "pooler_output", None)
             call = inspect.signature(plain).bind(core, *args, **kwargs).arguments
-            geometries = self.geometries(modality, {**call, **call.pop("kwargs", {})})
+            call = {**call, **call.pop("kwargs", {})}
+            if modality == "video" and "pixel_values_videos" not in call:  # LLaVA-NeXT-Video of 5.17
+                call["pixel_values_videos"] = call.pop("pixel_values")
+            geometries = self.geometries(modality, call)
             self._geometries[modality] = geometries
             if isinstance(rows, Tensor):
                 self._alike[modality] = (rows, geometries[0])

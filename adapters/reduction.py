@@ -36,7 +36,8 @@ class Reduction:
         reduce: Callable[[Patches], Reduced | None],
         proportional: bool,
     ) -> None:
-        self.tower, self.module, self.feature = tower, module, feature
+        self.tower, self.feature = tower, feature
+        self.module = module
         self.layers = [layer for layer in layers if layer <= tower.feature_layer]
         self.reduce, self.proportional = reduce, proportional
         self._inputs: dict[int, Tensor] = {}

@@ -342,6 +342,15 @@ class Pruner(ABC):
         if self.positions not in ("original", "compact"):
             raise ValueError(f'positions must be "original" or "compact", got {self.positions!r}')
 
+    @property
+    def published_positions(self) -> Positions:
+        """The policy that its authors used."""
+        return type(self).__dataclass_fields__["positions"].default
+
+    def with_positions(self, positions: Positions) -> Pruner:
+        """The same method with another policy."""
+        return replace(self, positions=positions)
+
     def layers(self, depth: int) -> tuple[int, ...]:
         """Decoder layers, of `depth`, before which it chooses, ascending; 0 is the boundary."""
         return (0,)

@@ -80,11 +80,13 @@ class Eviction:
         layers = wrap_layers(cache, first, depth)
         kept: list[dict[int, Tensor]] = [{} for _ in self._items]
         for number, layer in zip(range(first, depth), layers):
-            held = layer.entries(layer.keys.device).expand(course.batch, -1)
+            values = layer.values
+            assert values is not None
+            held = layer.entries(values.device).expand(course.batch, -1)
             shown = held >= 0
             if course.mask is not None:
                 shown = shown & course.mask.to(held.device).gather(1, held.clamp(min=0))
-            keep, values = shown, layer.values
+            keep = shown
             if number in self.layers:
                 keep, values = self._choose(number, layer, held, shown, kept)
             # Every layer from here on has masks of its own.

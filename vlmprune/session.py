@@ -122,10 +122,10 @@ class Session:
                 "that works on the features alone, such as divprune."
             )
         if pruner.positions not in adapter.positions:
-            if pruner.positions != type(pruner).__dataclass_fields__["positions"].default:
+            if pruner.positions != pruner.published_positions:
                 raise ValueError(f'{adapter.family} cannot renumber positions: use positions="original".')
             # The method's published choice, where the family leaves none.
-            self.pruner = replace(pruner, positions="original")
+            self.pruner = pruner.with_positions("original")
 
     @property
     def last(self) -> PruneReport | None:
@@ -297,9 +297,9 @@ class Session:
             wanted = [budgets[i] for i in chosen]
             most = torch.tensor([count if keep is None else keep for count, keep in zip(tokens.counts, wanted)])
             stop = _stopwatch(rows.device)
-            for i, choice in zip(chosen, ascending(self.pruner.select(tokens, most), tokens.counts, wanted)):
-                whole = len(choice.index) == counts[i] and choice.features is None
-                kept[i] = None if whole else choice
+            for i, made in zip(chosen, ascending(self.pruner.select(tokens, most), tokens.counts, wanted)):
+                whole = len(made.index) == counts[i] and made.features is None
+                kept[i] = None if whole else made
             timer = stop()
         if any(choice is not None for choice in kept):
             plan = plan_rows([each.item for each in live], kept, course.host_shown(), rows.device)

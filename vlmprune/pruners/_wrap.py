@@ -26,6 +26,13 @@ class Wrapper(Pruner):
         self.stage, self.needs = pruner.stage, pruner.needs  # type: ignore[misc]
         self.query_aware, self.trained = pruner.query_aware, pruner.trained  # type: ignore[misc]
 
+    @property
+    def published_positions(self) -> Positions:
+        return self.pruner.published_positions
+
+    def with_positions(self, positions: Positions) -> Pruner:
+        return replace(self, pruner=self.pruner.with_positions(positions), positions=positions)
+
     def layers(self, depth: int) -> tuple[int, ...]:
         return self.pruner.layers(depth)
 

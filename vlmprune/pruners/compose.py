@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vlmprune.contract import Patches, Pruner, Reduced, Selection, VisualTokens
+from vlmprune.contract import Patches, Positions, Pruner, Reduced, Selection, VisualTokens
 
 
 @dataclass(init=False)
@@ -36,6 +36,14 @@ class Compose(Pruner):
         self.positions = pruners[0].positions
         self.needs = frozenset().union(*(pruner.needs for pruner in pruners))  # type: ignore[misc]
 
+    @property
+    def published_positions(self) -> Positions:
+        published = {pruner.positions == pruner.published_positions for pruner in self.pruners}
+        return self.positions if published == {True} else "original"
+
+    def with_positions(self, positions: Positions) -> Pruner:
+        return Compose(*(pruner.with_positions(positions) for pruner in self.pruners))
+
     def layers(self, depth: int) -> tuple[int, ...]:
         stages = tuple(layer for pruner in self.pruners for layer in pruner.layers(depth))
         if list(stages) != sorted(set(stages)):
@@ -62,6 +70,16 @@ class Compose(Pruner):
 
     def reduce(self, patches: Patches) -> Reduced | None:
         return self.pruners[0].reduce(patches)
+
+    def cache_layers(self, depth: int) -> tuple[int, ...]:
+        return tuple(sorted({layer for pruner in self.pruners for layer in pruner.cache_layers(depth)}))
+
+    def cache_due(self, step: int) -> bool:
+        return any(pruner.cache_due(step) for pruner in self.pruners)
+
+    def select_cache(self, tokens: VisualTokens) -> Selection:
+        owner = next(pruner for pruner in self.pruners if tokens.layer in pruner.cache_layers(tokens.depth))
+        return owner.select_cache(tokens)
 
     def accumulate(self, depth: int) -> tuple[int, ...]:
         return tuple(sorted({layer for pruner in self.pruners for layer in pruner.accumulate(depth)}))
