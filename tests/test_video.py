@@ -162,6 +162,8 @@ def broken(folder: Path, name: str, files: dict[str, Path]) -> Path:
         return write_sound(path)
     elif name == "no index.mp4":
         path.write_bytes(whole[: len(whole) // 2])
+    elif name == "strange.mp4":
+        path.write_bytes(whole.replace(b"avc1", b"zzzz"))
     elif name == "cut.mp4":
         early = write(path, movflags="faststart").read_bytes()
         path.write_bytes(early[: len(early) * 2 // 3])
@@ -203,6 +205,7 @@ def broken(folder: Path, name: str, files: dict[str, Path]) -> Path:
         ("list.mp4", "not a video"),
         ("sound.mp4", "only sound"),
         ("no index.mp4", "not a video that can be read, or it is damaged"),
+        ("strange.mp4", "no known codec"),
         ("cut.mp4", "cut short: of 60 frames"),
         ("cut.webm", "cut short: of 6 seconds"),
         ("flipped.mp4", "damaged|cannot read"),

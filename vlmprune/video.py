@@ -296,16 +296,17 @@ class _Track:
                 what = "only sound" if container.streams.audio else "no pictures"
                 raise ValueError(f"'{file}' is not a video: it holds {what}.")
             stream = container.streams.video[0]
-            width, height = stream.codec_context.width, stream.codec_context.height
-            if width < 1 or height < 1 or stream.codec_context.codec is None:
-                raise ValueError(f"'{file}' is not a video that can be read, or it is damaged: no picture size.")
+            decoder = stream.codec_context
+            if decoder is None or decoder.width < 1 or decoder.height < 1:
+                raise ValueError(f"'{file}' is not a video that can be read, or it is damaged: no known codec or size.")
+            width, height = decoder.width, decoder.height
             if width * height > MAX_PIXELS:
                 raise ValueError(f"'{file}' has frames of {width} x {height} pixels: scale it down first.")
             rate, base = float(stream.average_rate or 0), float(stream.time_base or 0)
             sound = bool(container.streams.audio)
             promised = stream.frames if container.format.name == DECORD_FORMATS[0] else 0
             told = (container.duration or 0) / 1e6
-            kind = container.format.name, stream.codec_context.name
+            kind = container.format.name, decoder.name
             known = kind[0] in DECORD_FORMATS and kind[1] in DECORD_CODECS
             seen = list(_packets(container, stream, file, end))
         packets = [(pts, duration, key) for pts, duration, key, shown in seen if shown]
@@ -351,7 +352,7 @@ def _packets(container: Any, stream: Any, file: Path, end: float) -> Iterator[tu
                 raise TimeoutError(f"reading '{file}' took too long: cut it shorter, or raise the time limit.")
             if packet.dts is not None or packet.size:  # the last one, which flushes the decoder, has neither
                 yield packet.pts, packet.duration or 0, packet.is_keyframe, packet.size > 0 and not packet.is_discard
-    except (av.error.InvalidDataError, av.error.EOFError):
+    except (av.error.InvalidDataError, av.error.EOFError, IndexError):  # PyAV fails so on streams that turn up late
         return
 
 
