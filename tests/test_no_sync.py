@@ -61,6 +61,8 @@ WRAPPED = {
         ("cdpruner", {"relevance_norm": "per_crop", "theta": 0.5}, 0),
         ("todre", {}, 0),
         ("todre", {"objective": "kcenter"}, 0),
+        ("fastvid", {}, 0),
+        ("flashvid", {}, 0),
         ("merge", {}, 0),
         ("per_tile", {}, 0),
         ("per_frame", {}, 0),

@@ -9,6 +9,8 @@ from vlmprune.pruners.dycoke import DyCoke
 from vlmprune.pruners.evs import EVS
 from vlmprune.pruners.explain import Explain, FirstLayerAttention
 from vlmprune.pruners.fastv import FastV
+from vlmprune.pruners.fastvid import FastVID
+from vlmprune.pruners.flashvid import FlashVID
 from vlmprune.pruners.fopru import FoPru
 from vlmprune.pruners.free_video_llm import FreeVideoLLM
 from vlmprune.pruners.globalcom2 import GlobalCom2
@@ -44,7 +46,9 @@ __all__ = [
     "DyCoke",
     "Explain",
     "FastV",
+    "FastVID",
     "FirstLayerAttention",
+    "FlashVID",
     "FoPru",
     "FreeVideoLLM",
     "GSearch",

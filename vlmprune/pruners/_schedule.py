@@ -45,6 +45,27 @@ def stage_counts(count: int, keep: Keep, layers: Sequence[int], ratios: Sequence
     return list(_counts(count, keep, tuple(layers), tuple(ratios), depth))
 
 
+def outer_and_inner(count: int, keep: Keep, layer: int, inner: float, depth: int) -> tuple[int, int]:
+    """Tokens of `count` left at the boundary, and of these, `inner` (rounded up), before `layer`.
+
+    The first is the one whose average over `depth` layers is nearest to `keep`, the fewer in a tie. Where all tokens
+    pass the boundary and that is not enough, more than `inner` pass the layer. `layer` 0: there is no second cut.
+    """
+    target = min(float(keep) if isinstance(keep, numbers.Integral) else keep * count, count)
+
+    def average(left: int) -> float:
+        return layer_average(count, (left, math.ceil(left * inner - 1e-6)), (0, layer), depth) if layer else left
+
+    if average(count) < target:
+        return count, min(count, round((target * depth - count * layer) / (depth - layer)))
+    low, high = 0, count  # average(low) <= target <= average(high)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if average(middle) <= target else (low, middle)
+    outer = high if average(high) - target < target - average(low) else low
+    return outer, math.ceil(outer * inner - 1e-6) if layer else outer
+
+
 @dataclass(kw_only=True)
 class StagedPruner(Pruner):
     """A pruner that leaves a share of an item's original tokens behind each of several decoder layers.

@@ -23,11 +23,11 @@ class FrameMethod(Pruner):
     """
 
     @abstractmethod
-    def choose(self, frames: Tensor, keep: int, part: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor | None]:
+    def choose(self, frames: Tensor, keep: int, part: Callable[[str], Tensor]) -> tuple[Tensor, Tensor | None]:
         """int64 [keep], flat indices t * n + p in any order, and rows [keep, D] to put there or None.
 
         Args:
-            part: takes what a signal says of all the item's tokens [N, ...] to [T, n, ...].
+            part: gives a signal of those that the method `needs`, [T, n, ...].
         """
 
     def of_image(self, geometry: Geometry, frames: Tensor, keep: int) -> tuple[Tensor, Tensor | None] | None:
@@ -52,7 +52,7 @@ class FrameMethod(Pruner):
             if most == len(placed):
                 found = (torch.arange(most, device=own.device), None)
 
-            flat, merged = found or self.choose(frames, most, partial(_part, number, where, shape))
+            flat, merged = found or self.choose(frames, most, partial(_part, tokens, number, where, shape))
             loose = geometry.placeless.nonzero().flatten()[: keep - most].to(own.device, non_blocking=True)
             index.append(torch.cat([where[flat], loose]))
             rows.append(None if merged is None else torch.cat([merged.to(own.dtype), own[loose]]))
@@ -65,8 +65,8 @@ class FrameMethod(Pruner):
         return Selection(chosen, given, ~same)
 
 
-def _part(number: int, where: Tensor, shape: tuple[int, int], signal: Tensor) -> Tensor:
-    return signal[number][where].unflatten(0, shape)
+def _part(tokens: VisualTokens, number: int, where: Tensor, shape: tuple[int, int], name: str) -> Tensor:
+    return tokens.signal(name)[number][where].unflatten(0, shape)
 
 
 def spread(geometry: Geometry, keep: int, device: torch.device) -> tuple[Tensor, None]:

@@ -66,7 +66,7 @@ class DyCoke(FrameMethod):
     def of_image(self, geometry: Geometry, frames: Tensor, keep: int) -> tuple[Tensor, Tensor | None]:
         return spread(geometry, keep, frames.device)
 
-    def choose(self, frames: Tensor, keep: int, part: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor | None]:
+    def choose(self, frames: Tensor, keep: int, part: Callable[[str], Tensor]) -> tuple[Tensor, Tensor | None]:
         count, size = frames.shape[:2]
         whole = -(-count // WINDOW)
         if keep < whole * size:

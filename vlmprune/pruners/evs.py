@@ -33,7 +33,7 @@ class EVS(FrameMethod):
     def of_image(self, geometry: Geometry, frames: Tensor, keep: int) -> tuple[Tensor, Tensor | None]:
         return spread(geometry, keep, frames.device)
 
-    def choose(self, frames: Tensor, keep: int, part: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor | None]:
+    def choose(self, frames: Tensor, keep: int, part: Callable[[str], Tensor]) -> tuple[Tensor, Tensor | None]:
         size = frames.shape[1]
         if keep < size:
             return torch.arange(keep, device=frames.device) * size // keep, None

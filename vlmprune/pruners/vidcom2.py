@@ -29,7 +29,7 @@ class VidCom2(FrameMethod):
     name: ClassVar[str] = "vidcom2"
     paper: ClassVar[str] = "arXiv 2505.14454"
 
-    def choose(self, frames: Tensor, keep: int, part: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor | None]:
+    def choose(self, frames: Tensor, keep: int, part: Callable[[str], Tensor]) -> tuple[Tensor, Tensor | None]:
         video, frame = likeness(frames)
         count, size = frames.shape[:2]
         shares = reconciled(frame_scales(video, keep / (count * size)) * size, keep, size)
