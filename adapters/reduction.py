@@ -53,9 +53,9 @@ class Reduction:
         for layer in self.layers:
             keep = functools.partial(self._before_attention, layer)
             handles.append(self.tower.attentions[layer].register_forward_pre_hook(keep, with_kwargs=True))
-        for number, layer in enumerate(self.tower.layers):
+        for number, block in enumerate(self.tower.layers):
             between = functools.partial(self._before_layer, number)
-            handles.append(layer.register_forward_pre_hook(between, with_kwargs=True))
+            handles.append(block.register_forward_pre_hook(between, with_kwargs=True))
         return handles
 
     def _restart(self, grid: tuple[int, int] | None) -> None:

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -345,7 +345,8 @@ class Pruner(ABC):
     @property
     def published_positions(self) -> Positions:
         """The policy that its authors used."""
-        return type(self).__dataclass_fields__["positions"].default
+        published: Any = type(self).__dataclass_fields__["positions"].default
+        return published
 
     def with_positions(self, positions: Positions) -> Pruner:
         """The same method with another policy."""

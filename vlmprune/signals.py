@@ -146,7 +146,7 @@ class Signals:
         self._overlap = (active @ active[torch.arange(len(active), device=active.device), last][..., None])[..., 0]
 
     def read(self, need: str, live: Sequence[Live], everything: Sequence[Live], course: Course) -> Any:
-        """A signal for the items `live`, out of `everything` in the sequence; None for an optional one that is missing."""
+        """A signal for the items `live`, out of `everything` in the sequence; None for a missing optional one."""
         if need not in self.answers:
             raise KeyError(f"the signal {need!r} was not asked for: name it in the pruner's `needs`")
         name = self.answers[need]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from vlmprune.contract import Geometry, Keep, Selection, VisualTokens
-from vlmprune.pruners._video import FrameMethod, cosine, first_true, spread
 from vlmprune.pruners._top import top_indices
+from vlmprune.pruners._video import FrameMethod, cosine, first_true, spread
 from vlmprune.registry import register_pruner
 
 WINDOW = 4
