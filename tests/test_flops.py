@@ -593,6 +593,36 @@ def test_solve_keep_takes_names_and_refuses_what_cannot_be():
         solve_keep(config, "divprune", "kv:0.3", text_tokens=60, visual_tokens=[])
 
 
+@pytest.mark.parametrize("name", ["llava-clip-llama", "llava-next", "qwen2.5-vl", "internvl"])
+@pytest.mark.parametrize("target", ["flops:0.9", "decoder:0.7", "kv:0.6"])
+def test_keep_as_a_share_of_the_cost(name, target):
+    """Each row of a batch meets the share, by as many tokens as alone, and one token more an image would not."""
+    family = FAMILIES[name]
+    model, prompts = family.model(), BATCHES["unequal"]
+    with torch.no_grad(), prune(model, "divprune", keep=target) as session:
+        model(**family.inputs(prompts))
+        together = session.last
+        for row, prompt in enumerate(prompts):
+            model(**family.inputs([prompt]))
+            alone = session.last
+            mine = [item.kept.tolist() for item in together.items if item.sample == row]
+            assert mine == [item.kept.tolist() for item in alone.items]
+            if not mine:
+                continue
+            kind, share = parse_target(target)
+            cost = {
+                "flops": alone.flops_pruned / alone.flops_full,
+                "decoder": alone.flops[1].language_model / alone.flops[0].language_model,
+                "kv": alone.kv_bytes_pruned / alone.kv_bytes_full,
+            }[kind]
+            per_token = len(alone.items) / alone.length
+            assert share - per_token - 0.02 < cost <= share + 1e-9
+    with pytest.raises(ValueError, match="ratio or a count"):
+        vlmprune.Compose(vlmprune.DivPrune(keep="kv:0.5", positions="original"), vlmprune.FastV(keep=0.9))
+    with pytest.raises(ValueError, match=r'"kv:0\.3"'):
+        prune(model, "divprune", keep="watts:0.3")
+
+
 class Adaptive(Half):
     def budget(self, counts, layer=0, depth=1):
         return [None for _ in counts]

@@ -14,7 +14,17 @@ import torch
 from torch import Tensor
 
 Keep: TypeAlias = float | int
-"""What survives: a float in (0, 1] is a ratio of the item's visual tokens, an int >= 1 a count per item."""
+"""What survives: a float in (0, 1] is a ratio of the item's visual tokens, an int >= 1 a count per item.
+
+`prune()` also takes a share of the unpruned cost, such as "flops:0.3" (see `TARGETS`), and solves for the ratio.
+"""
+
+TARGETS = {
+    "flops": "prefill FLOPs, vision tower included",
+    "decoder": "prefill FLOPs of the decoder layers",
+    "kv": "KV-cache bytes after the prefill",
+}
+"""What a budget can be asked for in, each as a share of the unpruned."""
 
 Positions: TypeAlias = Literal["original", "compact"]
 """Position ids after pruning: as in the unpruned prompt, or renumbered without gaps."""
@@ -26,6 +36,9 @@ def check_keep(keep: Keep) -> Keep:
     Raises:
         ValueError: anything but a float in (0, 1] or an int >= 1.
     """
+    if isinstance(keep, str) and ":" in keep:
+        parse_target(keep)
+        return keep
     allowed = "keep must be a float in (0, 1] (ratio of an item's visual tokens) or an int >= 1 (count per item)"
     if isinstance(keep, bool) or not isinstance(keep, numbers.Real):
         raise ValueError(f"{allowed}, got {keep!r}")
@@ -35,6 +48,25 @@ def check_keep(keep: Keep) -> Keep:
     elif not (math.isfinite(keep) and 0 < keep <= 1):
         raise ValueError(f"{allowed}, got {keep!r}")
     return keep
+
+
+def parse_target(target: str) -> tuple[str, float]:
+    """`"flops:0.3"` -> `("flops", 0.3)`.
+
+    Raises:
+        ValueError: an unknown quantity, or a share outside (0, 1].
+    """
+    name, _, share = target.partition(":")
+    try:
+        value = float(share)
+    except ValueError:
+        value = 0.0
+    if name not in TARGETS or not 0 < value <= 1:
+        known = ", ".join(f'"{key}:0.3" ({meaning})' for key, meaning in TARGETS.items())
+        raise ValueError(
+            f"a budget is asked for as a share in (0, 1] of the unpruned cost, as {known}; got {target!r}."
+        )
+    return name, value
 
 
 def budget(count: int, keep: Keep) -> int:

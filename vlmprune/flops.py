@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vlmprune.contract import Pruner, budget
+from vlmprune.contract import TARGETS, Pruner, budget, parse_target
 from vlmprune.conventions import COUNTER, find_convention
 from vlmprune.registry import create_pruner
 from vlmprune.vision_flops import FAMILIES, TOWERS, Grid, Rows, attention, linear
@@ -230,31 +230,11 @@ def estimate_flops(
     )
 
 
-TARGETS = {
-    "flops": ("prefill FLOPs, vision tower included", lambda estimate: estimate.ratio),
-    "decoder": ("prefill FLOPs of the decoder layers", lambda estimate: estimate.decoder_ratio),
-    "kv": ("KV-cache bytes after the prefill", lambda estimate: estimate.kv_ratio),
+_SHARES = {
+    "flops": lambda estimate: estimate.ratio,
+    "decoder": lambda estimate: estimate.decoder_ratio,
+    "kv": lambda estimate: estimate.kv_ratio,
 }
-"""What a budget can be asked for in, each as a share of the unpruned: name -> (meaning, its value)."""
-
-
-def parse_target(target: str) -> tuple[str, float]:
-    """`"flops:0.3"` -> `("flops", 0.3)`.
-
-    Raises:
-        ValueError: an unknown quantity, or a share outside (0, 1].
-    """
-    name, _, share = target.partition(":")
-    try:
-        value = float(share)
-    except ValueError:
-        value = 0.0
-    if name not in TARGETS or not 0 < value <= 1:
-        known = ", ".join(f'"{key}:0.3" ({meaning})' for key, (meaning, _) in TARGETS.items())
-        raise ValueError(
-            f"a budget is asked for as a share in (0, 1] of the unpruned cost, as {known}; got {target!r}."
-        )
-    return name, value
 
 
 def solve_keep(
@@ -287,7 +267,7 @@ def solve_keep(
     counts = [count for count in ([visual_tokens] if isinstance(visual_tokens, int) else visual_tokens) if count]
     if not counts:
         raise ValueError(f"there is nothing to solve keep={target!r} for: the prompt has no visual tokens.")
-    config, method, (meaning, value) = resolve_config(model_or_config), pruner, TARGETS[name]
+    config, method, meaning, value = resolve_config(model_or_config), pruner, TARGETS[name], _SHARES[name]
 
     def cost(keep: float) -> float:
         estimate = estimate_flops(

@@ -96,7 +96,7 @@ class PruneReport:
     config: Any = field(default=None, repr=False)
     timers: list[Callable[[], float]] = field(default_factory=list, repr=False)
 
-    def record(self, layer: int, left: Sequence[tuple[Tensor, Tensor]], course: Course, timer: Any) -> None:
+    def record(self, layer: int, left: Sequence[tuple[Tensor, Tensor]], course: Course, timers: Sequence[Any]) -> None:
         """Note a stage: what is left of every item, and of every row."""
         for item, (kept, merged) in zip(self.items, left):
             item.stages.append(StageReport(layer, kept))
@@ -104,8 +104,7 @@ class PruneReport:
         self.columns = course.columns
         for each in range(layer, len(self.layer_tokens)):
             self.layer_tokens[each] = course.width
-        if timer is not None:
-            self.timers.append(timer)
+        self.timers += timers
 
     def record_cache(self, kept: Sequence[dict[int, Tensor]]) -> None:
         """Note a cache stage: what each layer's cache holds of every item."""

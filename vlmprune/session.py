@@ -19,6 +19,7 @@ from vlmprune.cache import is_pruned, kv_bytes
 from vlmprune.contract import Geometry, Item, Pruner, VisualTokens
 from vlmprune.course import Course, padding_mask
 from vlmprune.eviction import Eviction
+from vlmprune.flops import solve_keep
 from vlmprune.plan import Kept, ascending, plan_rows
 from vlmprune.registry import create_pruner
 from vlmprune.report import ItemReport, PruneReport
@@ -27,24 +28,26 @@ from vlmprune.signals import Entering, Signals
 _sessions: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Session]] = weakref.WeakKeyDictionary()
 
 
-def prune(model: nn.Module, pruner: Pruner | str, **fields: Any) -> Session:
+def prune(model: nn.Module, pruner: Pruner | str, **settings: Any) -> Session:
     """Attach `pruner` to `model` until `close()`, or until the `with` block ends.
 
     Args:
         model: a loaded model of a supported family, also PEFT-wrapped.
         pruner: a pruner, or the name of one.
-        fields: hyper-parameters: of the named pruner, or to change in a copy of the given one.
+        settings: hyper-parameters: of the named pruner, or to change in a copy of the given one. `keep` may also be a
+            share of the unpruned cost, such as "flops:0.3", "decoder:0.3" or "kv:0.2" (`vlmprune.contract.TARGETS`):
+            the ratio is solved for each row of a prompt.
 
     Raises:
         ValueError: unsupported model, unknown pruner, a bad hyper-parameter, a signal that the model lacks, or a model
             that has a session already.
     """
     if isinstance(pruner, str):
-        pruner = create_pruner(pruner, **fields)
+        pruner = create_pruner(pruner, **settings)
     elif not isinstance(pruner, Pruner):
         raise ValueError(f'pruner must be a name such as "divprune" or a vlmprune.Pruner, got {pruner!r}')
-    elif fields:
-        pruner = replace(pruner, **fields)
+    elif settings:
+        pruner = replace(pruner, **settings)
     return Session(model, pruner)
 
 
@@ -88,8 +91,12 @@ class Session:
                 f"{pruner.name} acts before layers {self._stages}, but {adapter.family} adds visual features to its "
                 f"first layers: use layers from {adapter.earliest_stage} on, or the boundary."
             )
-        for layer in self._stages:
-            pruner.budget([1], layer, len(decoder))  # a budget that the stages cannot reach is an error now
+        self._solved: dict[tuple[int, tuple[int, ...]], Pruner] = {}
+        if isinstance(pruner.keep, str):
+            self._check_solvable()
+        else:
+            for layer in self._stages:
+                pruner.budget([1], layer, len(decoder))  # a budget that the stages cannot reach is an error now
         self._handles: list[Any] = [
             *self._signals.watch(),
             *adapter.reduction(self.pruner),
@@ -126,6 +133,39 @@ class Session:
                 raise ValueError(f'{adapter.family} cannot renumber positions: use positions="original".')
             # The method's published choice, where the family leaves none.
             self.pruner = pruner.with_positions("original")
+
+    def _check_solvable(self) -> None:
+        """Raise ValueError where no `keep` can be solved for."""
+        if self.pruner.encoder_layers(2):
+            raise ValueError(f"{self.pruner.name} acts inside the vision tower: give it a ratio or a count.")
+        # Whatever the prompt: is it a method whose cost can be told beforehand?
+        solve_keep(self.adapter.config, self.pruner, "kv:1.0", text_tokens=1, visual_tokens=256)
+
+    def _methods(self, course: Course) -> list[Pruner]:
+        """For each item the pruner that chooses: this session's, or the one that meets its row's share of the cost."""
+        keep: Any = self.pruner.keep
+        if not isinstance(keep, str):
+            return [self.pruner] * len(self._live)
+        shown = self._call.get("shown")
+        methods = {}
+        for row in {each.origin.sample for each in self._live}:
+            own = [each for each in self._live if each.origin.sample == row]
+            counts = tuple(len(each.geometry) for each in own)
+            length = course.length if shown is None else int(shown[row].sum())
+            key = (length - sum(counts), counts)
+            if key not in self._solved:
+                pictures = [picture for each in own for picture in each.geometry.pictures]
+                solved = solve_keep(
+                    self.adapter.config,
+                    self.pruner,
+                    keep,
+                    text_tokens=key[0],
+                    visual_tokens=counts,
+                    images=pictures if all(each.geometry.kind == "image" for each in own) else None,
+                )
+                self._solved[key] = replace(self.pruner, keep=solved)
+            methods[row] = self._solved[key]
+        return [methods[each.origin.sample] for each in self._live]
 
     @property
     def last(self) -> PruneReport | None:
@@ -263,10 +303,11 @@ class Session:
         live = self._live
         before = [len(each.geometry) for each in live]
         depth = len(self.adapter.decoder_layers)
-        budgets = self.pruner.budget(before, layer, depth)
+        methods = self._methods(course)
+        budgets = [method.budget([count], layer, depth)[0] for method, count in zip(methods, before)]
         counts = [each.item.length for each in live]
         kept: list[Kept | None] = [None] * len(live)
-        chosen = []
+        chosen: dict[int, list[int]] = {}
         for i, (count, keep) in enumerate(zip(counts, budgets)):
             if keep == 0 and count:
                 kept[i] = Kept(torch.empty(0, dtype=torch.int64, device=rows.device))
@@ -276,15 +317,13 @@ class Session:
                         stacklevel=2,
                     )
             elif count and (keep is None or keep < count):
-                chosen.append(i)
-        timer = None
-        if chosen:
-            picked = [live[i] for i in chosen]
+                chosen.setdefault(id(methods[i]), []).append(i)
+        timers = []
+        for group in chosen.values():
+            picked = [live[i] for i in group]
+            own = [rows[e.item.sample, e.item.where] for e in picked]
             tokens = VisualTokens(
-                features=pad_sequence(
-                    [rows[e.item.sample, e.item.where] for e in picked],
-                    batch_first=True,
-                ),
+                features=pad_sequence(own, batch_first=True) if len(own) > 1 else own[0][None],
                 counts=tuple(e.item.length for e in picked),
                 index=tuple(e.index for e in picked),
                 shapes=tuple(e.geometry for e in picked),
@@ -294,13 +333,14 @@ class Session:
                 project=self._signals.project,
             )
             self._check_finite(tokens.features)
-            wanted = [budgets[i] for i in chosen]
+            wanted = [budgets[i] for i in group]
             most = torch.tensor([count if keep is None else keep for count, keep in zip(tokens.counts, wanted)])
             stop = _stopwatch(rows.device)
-            for i, made in zip(chosen, ascending(self.pruner.select(tokens, most), tokens.counts, wanted)):
+            selection = methods[group[0]].select(tokens, most)
+            for i, made in zip(group, ascending(selection, tokens.counts, wanted)):
                 whole = len(made.index) == counts[i] and made.features is None
                 kept[i] = None if whole else made
-            timer = stop()
+            timers.append(stop())
         if any(choice is not None for choice in kept):
             plan = plan_rows([each.item for each in live], kept, course.host_shown(), rows.device)
             rows = plan.apply(rows)
@@ -315,7 +355,7 @@ class Session:
                 each.item = moved
         self._signals.before = self._signals.here = None
         if self._last is not None and live:
-            self._last.record(layer, [(each.index, each.merged) for each in live], course, timer)
+            self._last.record(layer, [(each.index, each.merged) for each in live], course, timers)
         return rows
 
     def _after_language_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:

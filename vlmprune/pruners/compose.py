@@ -31,6 +31,9 @@ class Compose(Pruner):
         if len({pruner.positions for pruner in pruners}) > 1:
             each = ", ".join(f"{pruner.name}: {pruner.positions}" for pruner in pruners)
             raise ValueError(f"composed pruners must use the same positions, got {each}; set positions= on one of them")
+        for pruner in pruners:
+            if isinstance(pruner.keep, str):
+                raise ValueError(f"composed pruners take a ratio or a count each, got keep={pruner.keep!r}")
         self.pruners = pruners
         self.keep = pruners[-1].keep
         self.positions = pruners[0].positions
