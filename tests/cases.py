@@ -117,6 +117,8 @@ PRUNERS = {
         PrunerCase("dycoke", ({"keep": 0.6, "drop": 0.0}, {"keep": 0.8, "drop": 0.0})),
         PrunerCase("fastvid"),
         PrunerCase("flashvid", ({"keep": 0.3}, {"keep": 4, "events": False})),
+        PrunerCase("holitom"),
+        PrunerCase("framefusion", ({"keep": 0.5}, {"keep": 20, "similarity": 0.0})),
         # Two stages inside the decoder; the boundary and a stage that removes every visual token.
         PrunerCase("staged", ({}, {"schedule": ((0, 0.5), (1, 0.25), (2, 0.0))}), Staged),
         PrunerCase("compose", ({}, {"first": "pool"}), composed),

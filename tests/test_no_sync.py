@@ -63,6 +63,7 @@ WRAPPED = {
         ("todre", {"objective": "kcenter"}, 0),
         ("fastvid", {}, 0),
         ("flashvid", {}, 0),
+        ("holitom", {}, 0),
         ("merge", {}, 0),
         ("per_tile", {}, 0),
         ("per_frame", {}, 0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vlmprune
-from vlmprune.pruners import _segments, fastvid, flashvid
+from vlmprune.pruners import _segments, fastvid, flashvid, holitom
 
 SCENES = np.load(Path(__file__).parent / "golden" / "flashvid_fastvid.npz")
-METHODS = ("fastvid", "flashvid")
+WINDOWS = np.load(Path(__file__).parent / "golden" / "video_reducers.npz")
+METHODS = ("fastvid", "flashvid", "holitom")
 
 
 def video(frames: torch.Tensor, attention: torch.Tensor | None = None) -> vlmprune.VisualTokens:
@@ -180,6 +182,75 @@ def test_flashvid_keeps_the_average(keep: float, depth: int) -> None:
         assert left == [1960, 588]  # 1.25 * 0.25 of 6272, and 30 % of that
 
 
+@pytest.mark.parametrize(
+    ("threshold", "longest", "name"), [(0.8, 1024, "tau8"), (0.6, 1024, "tau6"), (0.6, 3, "tau6_max3")]
+)
+def test_holitom_windows(threshold: float, longest: int, name: str) -> None:
+    frames = torch.from_numpy(WINDOWS["video"])
+    still = holitom.runs(torch.cosine_similarity(frames[1:], frames[:-1], dim=-1) > threshold)
+    begin, reduced = holitom.windows(still, longest)
+    starts = sorted(set(begin.tolist()))
+    ends = [*(start - 1 for start in starts[1:]), len(frames) - 1]
+    assert [list(pair) for pair in zip(starts, ends)] == WINDOWS[f"holitom_windows_{name}"].tolist()
+    assert int(reduced) == int(WINDOWS[f"holitom_reduced_{name}"])
+
+
+@settings(max_examples=30, deadline=None)
+@given(static=st.lists(st.lists(st.booleans(), min_size=3, max_size=3), min_size=0, max_size=6))
+def test_holitom_windows_are_the_best(static: list[list[bool]]) -> None:
+    """Against every way to cut the video."""
+    still = holitom.runs(torch.tensor(static, dtype=torch.bool).view(-1, 3))
+    count = len(static) + 1
+    gains = []
+    for cuts in range(2 ** (count - 1)):
+        bounds = [0, *(at for at in range(1, count) if cuts >> (at - 1) & 1), count]
+        pairs = list(pairwise(bounds))
+        gains.append(
+            sum((e - s - 1) * sum(all(static[t][p] for t in range(s, e - 1)) for p in range(3)) for s, e in pairs)
+        )
+    begin, reduced = holitom.windows(still)
+    assert int(reduced) == max(gains)
+    assert (begin.diff() >= 0).all()
+
+
+def test_holitom_averages_what_stands_still() -> None:
+    """Two places that stand still in noise and one that does not: budget for all of the latter and two means."""
+    generator = torch.Generator().manual_seed(0)
+    frames = torch.eye(3, 8).expand(4, -1, -1) + 0.05 * torch.randn(4, 3, 8, generator=generator)
+    frames[:, 2] = torch.eye(8)[2:6]
+    index, rows = choose("holitom", frames, 6)
+    assert index.tolist() == [0, 1, 2, 5, 8, 11]
+    torch.testing.assert_close(rows[:2], frames[:, :2].mean(0))
+    assert torch.equal(rows[2:], frames[:, 2])
+    index, rows = choose("holitom", frames, 5)  # 2 of 6 groups stand still, and clusters have their share
+    assert len(index) == 5
+    index, rows = choose("holitom", frames, 8)  # two static tokens come back as they are
+    assert len(set(index.tolist()) - {0, 1, 2, 5, 8, 11}) == 2
+    back = torch.tensor([number for number, each in enumerate(index.tolist()) if each % 3 < 2 and each > 2])
+    assert torch.equal(rows[back], frames.flatten(0, 1)[index[back]])
+
+
+def test_holitom_clusters_static_places() -> None:
+    """beta of the centre, the others' mean for the rest."""
+    frames = torch.tensor([[1.0, 0.1], [1.0, 0.2], [1.0, 0.3]]).expand(2, -1, -1)
+    index, rows = choose("holitom", frames, 1, beta=0.6)
+    place = int(index)
+    others = frames[0][[each for each in range(3) if each != place]].mean(0)
+    torch.testing.assert_close(rows[0], 0.6 * frames[0, place] + 0.4 * others)
+
+
+def test_holitom_merges_inside_the_decoder() -> None:
+    """What leaves goes into the kept token nearest to it, all members at once."""
+    rows = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [2.0, 0.1], [3.0, 0.0]]])
+    attention = torch.tensor([[0.9, 0.8, 0.1, 0.2]])
+    tokens = vlmprune.VisualTokens(
+        rows, (4,), (torch.arange(4),), (vlmprune.Geometry.grid(2, 2),), layer=18, depth=28, signal=lambda _: attention
+    )
+    selection = vlmprune.HoliTom().select(tokens, torch.tensor([2]))
+    assert selection.index.tolist() == [[0, 1]]
+    torch.testing.assert_close(selection.features, torch.tensor([[[2.0, 0.1 / 3], [0.0, 1.0]]]))
+
+
 @pytest.mark.parametrize("name", METHODS)
 @settings(max_examples=25, deadline=None)
 @given(count=st.integers(1, 9), size=st.integers(1, 12), share=st.floats(0.01, 1), seed=st.integers(0, 99))
@@ -231,6 +302,12 @@ def test_presets_and_bad_fields() -> None:
     with pytest.raises(ValueError, match="presets"):
         flashvid.FlashVID.preset("gpt")
     assert flashvid.FlashVID.preset("qwen3-vl").layers(36) == (0, 28)
+    for fields in ({"inner": 2.0}, {"layer": 0}):
+        with pytest.raises(ValueError, match=next(iter(fields))):
+            vlmprune.create_pruner("holitom", **fields)
+    with pytest.raises(ValueError, match="publishes"):
+        holitom.HoliTom.preset(0.5)
+    assert holitom.HoliTom.preset(0.1).budget([1000], 0, 28) == [100]
     assert fastvid.FastVID.preset("qwen2.5-vl", keep=0.1) == fastvid.FastVID(keep=0.1, threshold=0.84)
 
 

@@ -12,9 +12,11 @@ from vlmprune.pruners.fastv import FastV
 from vlmprune.pruners.fastvid import FastVID
 from vlmprune.pruners.flashvid import FlashVID
 from vlmprune.pruners.fopru import FoPru
+from vlmprune.pruners.framefusion import FrameFusion
 from vlmprune.pruners.free_video_llm import FreeVideoLLM
 from vlmprune.pruners.globalcom2 import GlobalCom2
 from vlmprune.pruners.gsearch import GSearch, PSigmoid
+from vlmprune.pruners.holitom import HoliTom
 from vlmprune.pruners.merge import Merge
 from vlmprune.pruners.mmtok import MMTok
 from vlmprune.pruners.mustdrop import MustDrop
@@ -50,9 +52,11 @@ __all__ = [
     "FirstLayerAttention",
     "FlashVID",
     "FoPru",
+    "FrameFusion",
     "FreeVideoLLM",
     "GSearch",
     "GlobalCom2",
+    "HoliTom",
     "MMTok",
     "Merge",
     "MustDrop",

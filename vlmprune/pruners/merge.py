@@ -40,9 +40,14 @@ class Merge(Wrapper):
         choice = self.pruner.select(tokens, budget)
         if choice.features is not None:
             raise ValueError(_BY_ITSELF.format(self.pruner.name))
-        places = placed(tokens)
-        joinable = places.gather(1, choice.index.clamp(min=0))
-        into = nearest_target(tokens.features.detach(), choice.index, mask=tokens.valid, candidates=joinable)
-        into = into.masked_fill(~places, -1)
-        rows, size = merge_tokens(tokens.features, choice.index, into)
-        return Selection(choice.index, rows, size > 1)
+        return fold(tokens, choice.index)
+
+
+def fold(tokens: VisualTokens, index: Tensor) -> Selection:
+    """The tokens at `index` (int64 [I, K], -1 for none) as means of themselves and the dropped ones nearest to them."""
+    places = placed(tokens)
+    joinable = places.gather(1, index.clamp(min=0))
+    into = nearest_target(tokens.features.detach(), index, mask=tokens.valid, candidates=joinable)
+    into = into.masked_fill(~places, -1)
+    rows, size = merge_tokens(tokens.features, index, into)
+    return Selection(index, rows, size > 1)
