@@ -118,7 +118,7 @@ PRUNERS = {
         PrunerCase("fastvid"),
         PrunerCase("flashvid", ({"keep": 0.3}, {"keep": 4, "events": False})),
         PrunerCase("holitom"),
-        PrunerCase("framefusion", ({"keep": 0.5}, {"keep": 20, "similarity": 0.0})),
+        PrunerCase("framefusion", ({"keep": 0.5}, {"keep": 0.8, "similarity": 0.0, "start": 2})),
         # Two stages inside the decoder; the boundary and a stage that removes every visual token.
         PrunerCase("staged", ({}, {"schedule": ((0, 0.5), (1, 0.25), (2, 0.0))}), Staged),
         PrunerCase("compose", ({}, {"first": "pool"}), composed),

@@ -87,13 +87,15 @@ def run(
     depth=st.integers(2, 12),
     noise=st.sampled_from([0.0, 0.3, 0.6, 1.0, 3.0]),
     share=st.floats(0, 1),
+    start=st.integers(1, 3),
 )
-def test_the_average_is_kept(count: int, size: int, depth: int, noise: float, share: float) -> None:
+def test_the_average_is_kept(count: int, size: int, depth: int, noise: float, share: float, start: int) -> None:
     """Whatever the video is like, the average over the layers is `keep`, up to a token and at least one."""
-    keep = 1 / depth + share * (1 - 1 / depth)
+    start = min(start, depth - 1)
+    keep = start / depth + share * (1 - start / depth)
     generator = torch.Generator().manual_seed(0)
     frames = torch.randn(1, size, 8, generator=generator) + noise * torch.randn(count, size, 8, generator=generator)
-    behind, rows, _, _ = run(frames, depth, keep=min(1.0, keep), merges=5)
+    behind, rows, _, _ = run(frames, depth, keep=min(1.0, keep), merges=5, start=start)
     assert sorted(behind, reverse=True) == behind
     assert behind[-1] >= 1
     assert sum(behind) / depth == pytest.approx(min(1.0, keep) * count * size, abs=1.0)
@@ -123,6 +125,7 @@ def test_an_image_is_cut_before_layer_1() -> None:
     behind, _, index, attention = run(torch.ones(1, 20, 4), 5, keep=0.4)
     assert behind == [20, 5, 5, 5, 5]
     assert index.tolist() == attention.argsort(descending=True)[:5].sort().values.tolist()
+    assert run(torch.ones(1, 20, 4), 5, keep=0.8, start=3)[0] == [20, 20, 20, 10, 10]
 
 
 def test_items_keep_their_own_budget() -> None:
@@ -156,7 +159,10 @@ def test_what_it_cannot_do() -> None:
     model = model_of(FAMILIES["llava-onevision"])
     with pytest.raises(ValueError, match="out of reach"):
         vlmprune.prune(model, "framefusion", keep=0.3)  # three layers
-    for fields in ({"merges": 0}, {"least": 2.0}):
+    with pytest.raises(ValueError, match="layers from 2 on"):
+        vlmprune.prune(model_of(FAMILIES["qwen3-vl-moe"]), "framefusion", keep=0.8)
+    vlmprune.prune(model_of(FAMILIES["qwen3-vl-moe"]), "framefusion", keep=0.8, start=2).close()
+    for fields in ({"merges": 0}, {"least": 2.0}, {"start": 0}):
         with pytest.raises(ValueError, match=next(iter(fields))):
             vlmprune.create_pruner("framefusion", **fields)
 

@@ -41,17 +41,24 @@ class FrameFusion(Pruner):
 
     How many tokens leave where depends on the video: the count of each stage is known only then (a synchronisation on a
     GPU), their average over the layers is `keep`, rounded. Since layer 0 may see all tokens, `keep` is at least
-    1 / depth. Merging acts before a layer, the official code between its attention and its MLP; the number of layers is
-    the model's (there 28 for all); merging gives way to the cut where it would use up the budget, and ends before layer
-    `merges`, which has no limit there. An image has no frames to merge, and is cut before layer 1.
+    1 / depth (`start` / depth). Merging acts before a layer, the official code between its attention and its MLP; the
+    number of layers is the model's (there 28 for all); merging gives way to the cut where it would use up the budget,
+    and has no limit like `merges` there. An image has no frames to merge, and is cut before layer `start`.
 
     Not for one forward pass inside another: where an item stands is kept from one stage to the next.
+
+    Attributes:
+        similarity: least cosine of tokens that merge.
+        least: share of the tokens below which merging ends.
+        merges: layers before which it merges at most.
+        start: second of the layers before which it acts; Qwen3-VL, whose first three get visual features, needs 3.
     """
 
     keep: Keep = 0.3
     similarity: float = 0.6
     least: float = 0.1
     merges: int = 8
+    start: int = 1
 
     name: ClassVar[str] = "framefusion"
     paper: ClassVar[str] = "arXiv 2501.01986"
@@ -65,22 +72,24 @@ class FrameFusion(Pruner):
         super().__post_init__()
         if not 0 <= self.least <= 1:
             raise ValueError(f"framefusion needs least in [0, 1] (share of the tokens), got {self.least!r}")
-        if isinstance(self.merges, bool) or not isinstance(self.merges, int) or self.merges < 1:
-            raise ValueError(
-                f"framefusion needs merges of at least 1 (layers before which it merges), got {self.merges!r}"
-            )
+        for value, name in ((self.merges, "merges"), (self.start, "start")):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"framefusion needs {name} to be an int >= 1 (decoder layers), got {value!r}")
 
     def layers(self, depth: int) -> tuple[int, ...]:
-        return tuple(range(min(depth, self.merges + 1)))
+        return (0, *range(self.start, min(depth, self.start + self.merges)))
 
     def budget(self, counts: Sequence[int], layer: int = 0, depth: int = 28) -> list[int | None]:
-        return [count if self._target(count) >= count else self._reachable(count, depth) for count in counts]
+        left: list[int | None] = []
+        for count in counts:
+            whole = self._target(count) >= count
+            if not whole:
+                check_reach(count, self.keep, count * min(self.start, depth) / depth, depth)
+            left.append(count if whole else None)
+        return left
 
     def _target(self, count: int) -> float:
         return float(self.keep) if isinstance(self.keep, numbers.Integral) else self.keep * count
-
-    def _reachable(self, count: int, depth: int) -> None:
-        check_reach(count, self.keep, count / depth, depth)
 
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
         if tokens.layer == 0:
@@ -92,7 +101,7 @@ class FrameFusion(Pruner):
             kept = torch.ones_like(into, dtype=torch.bool)
             if not course.done:
                 into, kept = self._step(tokens, number, course)
-            course.spent += int(kept.sum())
+            course.spent += int(kept.sum()) * (self._next(tokens) - tokens.layer)
             merged, weight = (x[0] for x in means(own[None], into[None]))
             several = weight > 1
             index.append(kept.nonzero().flatten())
@@ -102,6 +111,10 @@ class FrameFusion(Pruner):
         if not any(bool(each.any()) for each in made):
             return Selection(chosen)
         return Selection(chosen, pad_sequence(rows, batch_first=True), pad_sequence(made, batch_first=True))
+
+    def _next(self, tokens: VisualTokens) -> int:
+        """The layer before which it acts next; the depth, if there is none."""
+        return next((layer for layer in self.layers(tokens.depth) if layer > tokens.layer), tokens.depth)
 
     def _step(self, tokens: VisualTokens, number: int, course: _Course) -> tuple[Tensor, Tensor]:
         """Where each token of an item goes, int64 [N], and which stay, bool [N]."""
@@ -122,8 +135,9 @@ class FrameFusion(Pruner):
                 into = joined(order, alike)
                 return into, into == own
             # Another stage of merging must leave a token to each of the layers behind.
-            after = course.spent + count - merges + tokens.depth - tokens.layer - 1
-            more = after <= total and tokens.layer + 1 < len(self.layers(tokens.depth))
+            following = self._next(tokens)
+            after = course.spent + (count - merges) * (following - tokens.layer) + tokens.depth - following
+            more = after <= total and following < tokens.depth
             if more or tokens.layer == 0:
                 course.merging = merges >= self.least * count
                 into = joined(order, alike)
