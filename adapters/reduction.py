@@ -91,6 +91,8 @@ class Reduction:
 
     def _apply(self, layer: int, hidden: Tensor) -> Tensor:
         """Let the pruner merge behind `layer`."""
+        if hidden.device.type == "cpu" and not hidden.sum().isfinite():
+            raise ValueError("visual features contain NaN or infinity: check the image, the dtype and the vision tower")
         batch, count, _ = hidden.shape
         every = torch.arange(count, device=hidden.device).expand(batch, -1)
         place = every if self._place is None else self._place

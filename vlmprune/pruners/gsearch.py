@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor
 
-from vlmprune.contract import Keep, Positions, Pruner, Selection, VisualTokens
+from vlmprune.contract import Keep, Positions, Pruner, Selection, VisualTokens, check_keep
 from vlmprune.pruners._schedule import stage_counts, truncate
 from vlmprune.pruners._top import top_indices
 from vlmprune.registry import register_pruner
@@ -126,6 +126,8 @@ class GSearch(_PerLayer):
     name: ClassVar[str] = "gsearch"
 
     def __post_init__(self) -> None:
+        if self.keep is not None:
+            check_keep(self.keep)
         if self.schedule is None:
             raise ValueError(
                 "gsearch needs a schedule: search one for your model with examples/search_schedule.py and give "
