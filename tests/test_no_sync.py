@@ -19,7 +19,14 @@ def tokens_on_meta(layer: int) -> VisualTokens:
     counts = tuple(map(len, SHAPES))
     items, n, pictures = len(SHAPES), max(counts), max(len(shape.pictures) for shape in SHAPES)
     wide = {"projector_inputs": 8, "encoder_features": 8, "encoder_keys": 4, "next_keys": 4}
-    flat = ("cls_attention", "received_attention", "cls_attention_last", "cls_logits_last", "next_visual_attention")
+    flat = (
+        "cls_attention",
+        "received_attention",
+        "cls_attention_last",
+        "cls_logits_last",
+        "next_visual_attention",
+        "last_attention",
+    )
     signals = {
         "cls_features": torch.empty(items, pictures, 8, device="meta"),
         **{name: torch.empty(items, n, width, device="meta") for name, width in wide.items()},
@@ -63,7 +70,9 @@ WRAPPED = {
         ("todre", {"objective": "kcenter"}, 0),
         ("fastvid", {}, 0),
         ("flashvid", {}, 0),
+        ("flashvid", {}, 23),
         ("holitom", {}, 0),
+        ("holitom", {}, 21),
         ("merge", {}, 0),
         ("per_tile", {}, 0),
         ("per_frame", {}, 0),

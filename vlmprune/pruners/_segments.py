@@ -17,6 +17,7 @@ ATTENTION = "cls_attention_last|received_attention_last"
 BLOCK = 1 << 26  # entries of pairwise tables held at a time, 256 MiB in fp32
 
 
+@torch.no_grad()
 def scenes(frames: Tensor, threshold: float, least: int) -> Tensor:
     """int64 [T]: number of the scene of each frame, ascending from 0.
 
@@ -70,6 +71,7 @@ def apportion(sizes: Tensor, total: Tensor, group: Tensor) -> Tensor:
     return reserved + whole + extra.long()
 
 
+@torch.no_grad()
 def density(rows: Tensor, mask: Tensor, neighbours: int) -> Tensor:
     """fp32 [B, n]: density-peak score of each row, -1 where it does not count (DPC-KNN).
 
@@ -102,6 +104,7 @@ def distances(x: Tensor, y: Tensor) -> Tensor:
     return torch.cdist(x.float(), y.float()) / x.shape[-1] ** 0.5
 
 
+@torch.no_grad()
 def clusters(rows: Tensor, mask: Tensor, counts: Tensor, neighbours: int = 7) -> tuple[Tensor, Tensor]:
     """The `counts` [B] rows of best density-peak score as centres, and everybody's nearest centre.
 
@@ -135,6 +138,8 @@ def means(rows: Tensor, into: Tensor, weight: Tensor | None = None) -> tuple[Ten
         rows: [B, N, D].
         into: int64 [B, N], the target's place; targets go to their own, -1 leaves.
         weight: fp32 [B, N]; None: 1 each.
+
+    Gradients pass to `rows` alone.
     """
     own = torch.arange(rows.shape[1], device=rows.device)
     target = into == own
@@ -142,10 +147,10 @@ def means(rows: Tensor, into: Tensor, weight: Tensor | None = None) -> tuple[Ten
     keep = (~target).int().sort(dim=1, stable=True).indices
     keep = torch.where(own < target.sum(1, keepdim=True), keep, -1)
     into = torch.where(into < 0, -1, slot.gather(1, into.clamp(min=0)))
-    merged, total = merge_tokens(rows.float(), keep, into, weight=weight)
+    merged, total = merge_tokens(rows.float(), keep, into, weight=None if weight is None else weight.detach())
     slot = slot.clamp(min=0)
     merged = merged.gather(1, slot[..., None].expand_as(merged))
-    return torch.where(target[..., None], merged, rows.float()), torch.where(target, total.gather(1, slot), 0)
+    return torch.where(target[..., None], merged, rows.float()), torch.where(target, total.detach().gather(1, slot), 0)
 
 
 def top_of_each(score: Tensor, mask: Tensor, counts: Tensor | int) -> Tensor:

@@ -138,6 +138,7 @@ def folded(frames: Tensor, members: Tensor, anchors: Tensor, scene: Tensor, ever
     return out.view(count, size, width)
 
 
+@torch.no_grad()
 def _most_similar(frames: Tensor, other: Tensor, mask: Tensor) -> Tensor:
     """int64 [T, n]: for each token, by cosine, the most similar of those in `mask` [T, n] of frame `other` [T]."""
     unit = torch.nn.functional.normalize(frames.float(), dim=-1)

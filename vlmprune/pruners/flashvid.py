@@ -122,6 +122,7 @@ class FlashVID(FrameMethod):
         return index, rows.flatten(0, 1)[index]
 
 
+@torch.no_grad()
 def eventfulness(frames: Tensor, scene: Tensor) -> Tensor:
     """fp32 [T, n]: product of each token with the mean of its scene, shifted so that none is negative."""
     means = frames.float().mean(dim=1)
@@ -131,6 +132,7 @@ def eventfulness(frames: Tensor, scene: Tensor) -> Tensor:
     return score - score.amin().clamp(max=0)
 
 
+@torch.no_grad()
 def diverse(frames: Tensor, weight: Tensor, counts: Tensor, most: int) -> Tensor:
     """ADTS: bool [T, n], the `counts` [T] (at most `most`) tokens of each frame picked by max-min diversity.
 
@@ -160,6 +162,7 @@ def _diverse(frames: Tensor, weight: Tensor, counts: Tensor, most: int) -> Tenso
     return picked
 
 
+@torch.no_grad()
 def trees(frames: Tensor, left: Tensor, scene: Tensor, similarity: float, most: Tensor) -> Tensor:
     """TSTM: int64 [T, n], flat index of the root of each token's tree.
 

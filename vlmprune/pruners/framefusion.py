@@ -161,6 +161,7 @@ def places(shape: Geometry) -> Tensor:
     return torch.where(shape.placeless, -1, shape.row * columns + shape.col)
 
 
+@torch.no_grad()
 def similarity(rows: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens sorted by place, int64 [N], and in this order the cosine of each to the one before, fp32 [N].
 
