@@ -115,6 +115,8 @@ class Reduction:
             hidden = reduced.features
             self._size = torch.zeros_like(size[:, : hidden.shape[1]]).scatter_add(1, reduced.into, size)
             self._place, self._into = place.gather(1, reduced.keep), reduced.into.gather(1, into)
+            seen = self.tower.seen.setdefault(self.tower.modality, {})
+            seen.setdefault("encoder_into", {})[layer] = self._into
         if layer == self.tower.feature_layer and self._place is not None:
             self._features = self._left(hidden)
         return hidden

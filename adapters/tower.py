@@ -101,8 +101,12 @@ class Tower:
         layer = len(self.attentions) - 1 if signal in FROM_LAST_LAYER else self.feature_layer
         attention = self.attentions[layer]
         hidden, kwargs = left[layer]
+        # Where rows merged inside the tower, each patch is given what its row has.
+        merges = left.get("encoder_into", {})
+        behind = [number for number in merges if number < layer]
+        into = merges[max(behind)] if behind else None
         if signal in ("encoder_keys", "cls_keys"):
-            return self.keys(attention, hidden, signal == "cls_keys")
+            return self.keys(attention, hidden, signal == "cls_keys", into)
         q, k, mask = self.queries_and_keys(attention, hidden, kwargs)
         if signal.startswith("received"):
             received = attention_scores(q[:, :, self.prefix :], k, mask=mask, query_mask=mask)
@@ -113,6 +117,8 @@ class Tower:
             scores = (q[:, :, :1].float() @ k.float().mT * scale).mean(1)[:, 0]
         else:
             scores = attention_scores(q[:, :, :1], k, mask=mask, reduce="rows")[:, 0]
+        if into is not None:
+            scores = scores.gather(1, into)
         return self.flat(scores[:, self.prefix :], mask)
 
     def queries_and_keys(
@@ -127,10 +133,12 @@ class Tower:
             made.append(rows.view(*rows.shape[:-1], attention.num_heads, -1).transpose(1, 2))
         return made[0], made[1], None
 
-    def keys(self, attention: Any, hidden: Tensor, cls: bool) -> Tensor:
+    def keys(self, attention: Any, hidden: Tensor, cls: bool, into: Tensor | None) -> Tensor:
         """Keys before RoPE, mean over heads: of the patches, or of CLS."""
         _, k, _ = self.queries_and_keys(attention, hidden, {})
         mean = k.float().mean(1)
+        if into is not None:
+            mean = mean.gather(1, into[..., None].expand(-1, -1, mean.shape[-1]))
         return mean[:, 0] if cls else mean[:, self.prefix :].flatten(0, 1)
 
     def flat(self, scores: Tensor, mask: Tensor | None) -> Tensor:
@@ -196,7 +204,7 @@ class PackedTower(Tower):
         index = (bounds[:-1, None] + place).clamp(max=len(hidden) - 1).to(hidden.device)
         return q[index].transpose(1, 2), k[index].transpose(1, 2), mask
 
-    def keys(self, attention: Any, hidden: Tensor, cls: bool) -> Tensor:
+    def keys(self, attention: Any, hidden: Tensor, cls: bool, into: Tensor | None) -> Tensor:
         rows = attention.qkv(hidden).view(len(hidden), 3, attention.num_heads, -1)
         return rows[:, 1].float().mean(1)
 

@@ -14,7 +14,7 @@ from fakes import picks, rows, tokens_of
 from families import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_laws import STEPS, columns_of, dropped_of, generate, model_of
+from test_laws import STEPS, Recorded, columns_of, dropped_of, generate, merged_rows, model_of
 
 import vlmprune
 from vlmprune.pruners.mustdrop import (
@@ -233,3 +233,31 @@ def test_output_aware_cache(policy: str, level: float | None) -> None:
     lengths = [layer.keys.shape[-2] for layer in out.past_key_values.layers]
     assert lengths[0] < report.layer_tokens[0] + STEPS - 1
     assert vlmprune.MustDrop(keep=1.0).cache_layers(32) == ()
+
+
+def test_three_stages_on_a_model() -> None:
+    """Windows merge in the tower, the filter cuts the decoder, decoding is that of the merged model."""
+    family = FAMILIES["llava-siglip-qwen2"]  # 6 x 6 patches
+    model, inputs = model_of(family), family.inputs(BATCHES["unequal"])
+    pruner = vlmprune.MustDrop(
+        keep=0.4, tower_keep=20, layer_list=(1, 2), ratios=(0.5, 0.2), model_depth=3, output_aware_cache=False
+    )
+    with vlmprune.prune(model, pruner) as session, Recorded(pruner) as calls:
+        out = generate(model, inputs)
+    report = session.last
+    for item in report.items:
+        tower, first, second = (len(stage.kept) for stage in item.stages)
+        assert tower == 36 - 2 * 8 == 20, "two windows of 3 x 3 became one row each"
+        assert tower > first > second
+        boundary = item.stages[0].kept
+        corners = [place for place in boundary.tolist() if place // 6 % 3 == 2 and place % 6 % 3 == 2]
+        assert len(corners) == 4
+    merged = merged_rows(report, pruner, calls)
+    forced = out.sequences[:, inputs["input_ids"].shape[1] :]
+    _, scores = oracle.run(model, inputs, dropped_of(report, inputs), pruner.positions, STEPS - 1, forced, merged)
+    for mine, theirs in zip(out.logits, scores):
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="tile"), vlmprune.prune(model_of(FAMILIES["llava-clip-llama"]), pruner):
+        generate(model_of(FAMILIES["llava-clip-llama"]), FAMILIES["llava-clip-llama"].inputs(BATCHES["one"]))
+    with pytest.raises(ValueError, match="encoder_kept"):
+        vlmprune.prune(model_of(FAMILIES["qwen2.5-vl"]), pruner)

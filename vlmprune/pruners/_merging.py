@@ -39,6 +39,15 @@ def merge_rounds(features: Tensor, metric: Tensor, size: Tensor, goal: int, pref
     return Reduced(features, keep, into)
 
 
+def representatives(tokens: VisualTokens) -> Selection:
+    """The tokens that stand for a group behind an encoder stage."""
+    size = tokens.signal("encoder_kept")
+    order = (size <= 0).int().sort(dim=1, stable=True).indices
+    size = size.gather(1, order)
+    rows = tokens.features.gather(1, order[..., None].expand_as(tokens.features))
+    return Selection(order.masked_fill(size <= 0, -1), rows, size > 1)
+
+
 @dataclass(kw_only=True)
 class Merging(Pruner):
     """Merges patches behind the layers of the vision tower, or visual tokens once behind the projector.
@@ -101,11 +110,7 @@ class Merging(Pruner):
 
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
         if self.where == "encoder":
-            size = tokens.signal("encoder_kept")
-            order = (size <= 0).int().sort(dim=1, stable=True).indices
-            size = size.gather(1, order)
-            rows = tokens.features.gather(1, order[..., None].expand_as(tokens.features))
-            return Selection(order.masked_fill(size <= 0, -1), rows, size > 1)
+            return representatives(tokens)
         done = []
         for rows, count, keep in zip(tokens.features, tokens.counts, budget.tolist()):
             own = rows[None, :count]

@@ -91,10 +91,14 @@ class StagedPruner(Pruner):
             )
 
     def layers(self, depth: int) -> tuple[int, ...]:
+        return self.decoder_stages(depth)
+
+    def decoder_stages(self, depth: int) -> tuple[int, ...]:
+        """`layer_list` in a model of `depth` layers."""
         return stage_layers(self.layer_list, depth, self.model_depth)
 
     def budget(self, counts: Sequence[int], layer: int = 0, depth: int = 32) -> Sequence[int | None]:
-        layers, ratios = self.layers(depth), stage_ratios(self.layer_list, self.ratios, depth, self.model_depth)
+        layers, ratios = self.decoder_stages(depth), stage_ratios(self.layer_list, self.ratios, depth, self.model_depth)
         return [
             (count, *stage_counts(count, self.keep, layers, ratios, depth))[self._stage(layer, depth)]
             for count in counts
@@ -102,7 +106,7 @@ class StagedPruner(Pruner):
 
     def _stage(self, layer: int, depth: int) -> int:
         """Stages at or before `layer`."""
-        return sum(each <= layer for each in self.layers(depth))
+        return sum(each <= layer for each in self.decoder_stages(depth))
 
 
 def check_schedule(method: str, layers: Sequence[int], ratios: Sequence[float]) -> None:

@@ -9,8 +9,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vlmprune.contract import Keep, Positions, Selection, VisualTokens
+from vlmprune.contract import Keep, Patches, Positions, Reduced, Selection, VisualTokens, budget, check_keep
 from vlmprune.kernels import merge_tokens
+from vlmprune.pruners._merging import representatives
 from vlmprune.pruners._schedule import StagedPruner
 from vlmprune.pruners._top import top_indices
 from vlmprune.registry import register_pruner
@@ -33,7 +34,10 @@ class MustDrop(StagedPruner):
     Liu et al., "Multi-Stage Vision Token Dropping: Towards Efficient Multimodal Large Language Model", arXiv
     2411.10803. Training-free. After the official code; its three stages here:
 
-    - In the vision tower: windows of similar patches merge, `merge_windows`. The key set are the ceil(`key_rate` N)
+    - In the vision tower, with `tower_keep`: behind its first layer the most similar windows of `window` x `window`
+      patches merge, as many as leave that share or count of a picture's patches. The official code merges all whose
+      similarity reaches 0.8, but as few as the batch's most varied picture has; a fixed number keeps pictures apart.
+      It takes a tower that can be shortened and a grid that the windows tile. The key set are the ceil(`key_rate` N)
       tokens with the largest CLS attention of the tower's last layer (mean over heads; the attention received, in
       towers without CLS; none where there is neither).
     - In the decoder, the dual attention filter (`dual_filter`): B, the attention of the text behind the image in the
@@ -53,6 +57,8 @@ class MustDrop(StagedPruner):
     was shortened; the official code counts the cache's length, and so gives positions a second time.
 
     Args:
+        tower_keep: what the tower's stage leaves of a picture's patches, a ratio or a count; None: the stage is off.
+            `keep` then counts on top, relative to all patches: what it says less than the tower leaves.
         global_threshold: share of the text's attention to the image.
         individual_threshold: attention of one text token.
         level: factor on both thresholds of the published filter; None: as many tokens as `keep` says.
@@ -69,10 +75,12 @@ class MustDrop(StagedPruner):
     level: float | None = None
     key_rate: float = 0.08
     output_aware_cache: bool = True
+    tower_keep: Keep | None = None
+    window: int = 3
 
     name: ClassVar[str] = "mustdrop"
     paper: ClassVar[str] = "arXiv 2411.10803"
-    stage: ClassVar[str] = "decoder, cache"
+    stage: ClassVar[str] = "encoder, decoder, cache"
     query_aware: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -80,6 +88,8 @@ class MustDrop(StagedPruner):
         thresholds = (self.global_threshold, self.individual_threshold)
         if not min(thresholds) >= 0 or (self.level is None and not min(thresholds) > 0):
             raise ValueError(f"mustdrop's thresholds must be positive, got {thresholds} (0 only with a level)")
+        if self.tower_keep is not None:
+            check_keep(self.tower_keep)
         if not 0 <= self.key_rate <= 1:
             raise ValueError(f"mustdrop's key_rate must be between 0 and 1, got {self.key_rate!r}")
         if self.level is not None and not self.level >= 0:
@@ -89,7 +99,35 @@ class MustDrop(StagedPruner):
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
-        return frozenset({"text_attention", _KEYS} | ({"cache_alive"} if self.output_aware_cache else set()))
+        cache = {"cache_alive"} if self.output_aware_cache else set()
+        return frozenset({"text_attention", _KEYS} | cache | ({"encoder_kept"} if self._in_tower else set()))
+
+    @property
+    def _in_tower(self) -> bool:
+        return self.tower_keep is not None and self.keep != 1.0
+
+    def layers(self, depth: int) -> tuple[int, ...]:
+        return ((0,) if self._in_tower else ()) + self.decoder_stages(depth)
+
+    def encoder_layers(self, depth: int) -> tuple[int, ...]:
+        return (0,) if self._in_tower else ()
+
+    def reduce(self, patches: Patches) -> Reduced:
+        assert self.tower_keep is not None
+        rows, cols = patches.grid
+        similarity = window_similarity(patches.features[:, patches.prefix :], patches.grid, self.window)
+        merged = windows_for(rows * cols, max(1, budget(rows * cols, self.tower_keep)), self.window)
+        merged = min(merged, similarity.shape[1])
+        out, _, keep, into = merge_windows(
+            patches.features,
+            similarity,
+            merged,
+            patches.grid,
+            window=self.window,
+            prefix=patches.prefix,
+            order="raster",
+        )
+        return Reduced(out, keep, into)
 
     @classmethod
     def preset(cls, task: str, average_tokens: int, **fields: Any) -> MustDrop:
@@ -102,6 +140,8 @@ class MustDrop(StagedPruner):
         return cls(**{"keep": average_tokens / 576, **published, **fields})
 
     def budget(self, counts: Sequence[int], layer: int = 0, depth: int = 32) -> Sequence[int | None]:
+        if self._in_tower and layer == 0:
+            return [None] * len(counts)
         if self.level is None:
             return super().budget(counts, layer, depth)
         whole = isinstance(self.keep, numbers.Integral)
@@ -114,7 +154,7 @@ class MustDrop(StagedPruner):
         From the layer that the first stage reads to the one that the last stage reads (2 to 14 of 32): those before
         keep all, those behind hold no other.
         """
-        layers = self.layers(depth)
+        layers = self.decoder_stages(depth)
         on = layers and self.output_aware_cache and self.keep != 1.0
         return tuple(range(layers[0] - 1, layers[-1])) if on else ()
 
@@ -123,6 +163,8 @@ class MustDrop(StagedPruner):
         return Selection(torch.arange(alive.shape[1], device=alive.device).expand_as(alive).masked_fill(~alive, -1))
 
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
+        if tokens.layer == 0:
+            return representatives(tokens)
         attention, saliency = tokens.signal("text_attention"), tokens.signal(_KEYS)
         if saliency is None:
             keys = torch.zeros_like(tokens.valid)
