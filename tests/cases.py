@@ -162,6 +162,9 @@ CENTRAL = "llava-clip-llama"
 """The family on which every pruner goes through everything."""
 
 
+_settings: dict[tuple[str, str], list[bool]] = {}
+
+
 def pruners_of(family: FamilyCase) -> list[str]:
     """The pruners that a family can have."""
     return [name for name in PRUNERS if settings_of(family, name)]
@@ -169,7 +172,9 @@ def pruners_of(family: FamilyCase) -> list[str]:
 
 def settings_of(family: FamilyCase, name: str) -> list[bool]:
     """Which settings of a pruner (False easy, True hard) a family gives the signals and the stages for."""
-    usable = []
+    if (family.name, name) in _settings:
+        return _settings[family.name, name]
+    usable = _settings[family.name, name] = []
     for hard in (False, True):
         pruner = PRUNERS[name].make(hard)
         _, missing = resolve(pruner.needs, frozenset(SIGNALS) - family.lacks)

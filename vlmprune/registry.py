@@ -60,7 +60,10 @@ def create_pruner(name: str, **fields: Any) -> Pruner:
     Raises:
         ValueError: unknown name (the message gives the nearest ones), unknown field, or a bad value.
     """
-    classes = pruner_classes()
+    import vlmprune.pruners  # noqa: F401  registers the built-in ones
+
+    # Looking through the installed packages takes a while: only for what is not known yet.
+    classes = _registered if name in _registered else pruner_classes()
     if name not in classes:
         near = difflib.get_close_matches(str(name).lower(), classes, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known are {', '.join(classes)}."
