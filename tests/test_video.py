@@ -307,6 +307,8 @@ def test_ctrl_c_leaves_no_child_behind(tmp_path, files):
             str(files["mp4"]),
         ],
         stderr=subprocess.PIPE,
+        # Also where the tests run in the background, which ignores it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     for _ in range(200):
         if (tmp_path / "pid").exists() and (tmp_path / "pid").read_text():
