@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +17,17 @@ from transformers.cache_utils import (
     StaticCache,
     StaticSlidingWindowLayer,
 )
+from transformers.masking_utils import create_causal_mask
+
+OLD_CACHE_ARGUMENT = "past_key_values"
+CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else OLD_CACHE_ARGUMENT
+"""What models call their cache: `cache` from transformers 5.24 on, which still takes the old name."""
+
+
+def cache_of(arguments: Mapping[str, Any]) -> Any:
+    """The cache among a call's arguments, by either name."""
+    cache = arguments.get(CACHE_ARGUMENT)
+    return arguments.get(OLD_CACHE_ARGUMENT) if cache is None else cache
 
 
 class PrunedLayer(CacheLayerMixin):

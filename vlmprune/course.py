@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_causal_mask
 
-from vlmprune.cache import Physical, PrunedLayer, wrap_layers
+from vlmprune.cache import Physical, PrunedLayer, cache_of, wrap_layers
 from vlmprune.contract import Positions
 from vlmprune.plan import Plan
 
@@ -45,7 +45,7 @@ class Course:
         self.positions: Tensor | None = kwargs.get("position_ids")
         use_cache = kwargs.get("use_cache")
         self.use_cache = self.config.use_cache if use_cache is None else use_cache  # type: ignore[union-attr]
-        self.cache: Any = kwargs.get("past_key_values")
+        self.cache: Any = cache_of(kwargs)
         self.columns: Tensor | None = None
         self.shown = shown
         self.layer_kwargs: dict[str, Any] = {}

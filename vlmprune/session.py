@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from vlmprune.adapters import adapter_for
-from vlmprune.cache import is_pruned, kv_bytes
+from vlmprune.cache import CACHE_ARGUMENT, OLD_CACHE_ARGUMENT, cache_of, is_pruned, kv_bytes
 from vlmprune.contract import Geometry, Item, Pruner, VisualTokens
 from vlmprune.course import Course, padding_mask
 from vlmprune.eviction import Eviction
@@ -219,7 +219,7 @@ class Session:
         self._raise_if_not_finite()
         arguments = self.adapter.bind(args, kwargs)
         items = self.adapter.items(arguments)
-        cache, mask = arguments.get("past_key_values"), arguments.get("attention_mask")
+        cache, mask = cache_of(arguments), arguments.get("attention_mask")
         self._call = {**self._call, "items": items}
         if items and self._signals.wanted & {"instruction", "instruction_mask", "activation_overlap"}:
             ids = arguments.get("input_ids")
@@ -234,7 +234,7 @@ class Session:
 
     def _before_language_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         items: list[Item] = self._call.get("items", [])
-        embeds, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
+        embeds, cache = kwargs.get("inputs_embeds"), cache_of(kwargs)
         self._course, self._live = None, []
         self._signals.clear()
         if embeds is None:
@@ -261,12 +261,13 @@ class Session:
         if course.columns is None and course.pruned_layer(0) is None:
             return None
         positions, mask = course.arguments(0, embeds)
+        kept = {name: value for name, value in kwargs.items() if name != OLD_CACHE_ARGUMENT}
         return args, {
-            **self.adapter.cut(kwargs, course.columns),
+            **self.adapter.cut(kept, course.columns),
             "inputs_embeds": embeds,
             "position_ids": positions,
             "attention_mask": mask,
-            "past_key_values": course.cache,
+            CACHE_ARGUMENT: course.cache,
         }
 
     def _before_layer(self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -274,7 +275,7 @@ class Session:
         if course is None:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
-        course.cache = kwargs.get("past_key_values")
+        course.cache = cache_of(kwargs)
         before = course.columns
         if number > 0 and number in self._stages and self._live:
             if self._signals.wants_here:
@@ -362,7 +363,7 @@ class Session:
         if self._live:
             self._signals.clear()
             self.adapter.forget()
-        cache = kwargs.get("past_key_values") or getattr(output, "past_key_values", None)
+        cache = cache_of(kwargs) or getattr(output, CACHE_ARGUMENT, None)
         if self._eviction.layers and cache is not None and self._course is not None:
             kept = self._eviction.after_step(cache, self._course, self._live)
             if self._last is not None:
