@@ -175,7 +175,7 @@ def test_presets_and_bad_fields() -> None:
     assert isinstance(crops, vlmprune.PerTile)
     with pytest.raises(ValueError, match="image-text similarity of CLIP"):
         vlmprune.CDPruner.preset("llava-1.5")
-    with pytest.raises(ValueError, match="presets"):
+    with pytest.raises(ValueError, match="publishes"):
         vlmprune.CDPruner.preset("llava")
     for fields in ({"theta": 1.0}, {"sign": 0}, {"relevance_norm": "per_batch"}):
         with pytest.raises(ValueError, match=next(iter(fields))):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from cases import BATCHES, PRUNERS
+from cases import BATCHES, PRUNERS, settings_of
 from families import FAMILIES, clip, decoder, llava
 from test_laws import generate, model_of
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -77,6 +78,49 @@ def test_missing_signal_is_named_before_any_forward() -> None:
     Needy.needs = frozenset({"sixth_sense"})
     with pytest.raises(ValueError, match=r"sixth_sense.*SIGNALS"):
         vlmprune.prune(model_of(LLAVA), Needy(keep=0.5))
+
+
+QWEN = "qwen2.5-vl"
+# Settings that a family cannot serve, and the same with the error's advice taken.
+LACKING = [
+    ("llava-siglip-qwen2", {"name": "fopru", "score": "cls"}, {"score": "received"}),
+    ("llava-siglip-qwen2", {"name": "visiondrop", "query": "cls"}, {"query": "auto"}),
+    ("llava-siglip-qwen2", {"name": "visionzip", "query": "cls"}, {"query": "auto"}),
+    ("llava-siglip-qwen2", {"name": "globalcom2", "score": "logits"}, {"score": "auto"}),
+    ("llava-siglip-qwen2", {"name": "globalcom2", "score": "softmax"}, {"score": "cosine"}),
+    (QWEN, {"name": "tome"}, {"where": "boundary"}),
+    (QWEN, {"name": "pitome"}, {"where": "boundary"}),
+    (QWEN, {"name": "mustdrop", "tower_keep": 0.5}, {"tower_keep": None}),
+    ("qwen3-vl-moe", {"name": "corematching"}, {"name": "fastv"}),
+]
+
+
+@pytest.mark.parametrize(("family", "fields", "advice"), LACKING)
+def test_a_missing_signal_comes_with_the_setting_that_works(family: str, fields: dict, advice: dict) -> None:
+    case = next(each for name, each in FAMILIES.items() if name.startswith(family))
+    model, inputs = model_of(case), case.inputs(BATCHES["one"])
+    field, value = next(iter(advice.items()))
+    with pytest.raises(ValueError, match=rf"{fields['name']} needs .*: .*{field if field != 'name' else value}"):
+        vlmprune.prune(model, vlmprune.create_pruner(**{"keep": 0.5, **fields}))
+    taken = {"keep": 0.8, **(fields if field != "name" else {}), **advice}
+    with vlmprune.prune(model, vlmprune.create_pruner(**taken)) as session:
+        generate(model, inputs, max_new_tokens=1)
+    assert session.last.changed
+
+
+def test_every_method_lacks_nothing_or_says_what_to_do() -> None:
+    """By the table of cases: whatever a family cannot serve is refused with that method's own advice."""
+    refused = set()
+    for family in FAMILIES.values():
+        for name, case in PRUNERS.items():
+            for hard in (False, True):
+                pruner = case.make(hard)
+                if hard in settings_of(family, name) or any(0 < each < family.earliest for each in pruner.layers(3)):
+                    continue
+                with pytest.raises(ValueError, match=re.escape(pruner.otherwise)):
+                    vlmprune.prune(model_of(family), pruner)
+                refused.add(name)
+    assert {"tome", "pitome"} <= refused
 
 
 @pytest.mark.parametrize("name", BOUNDARY)

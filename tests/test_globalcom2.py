@@ -105,7 +105,7 @@ def test_golden(path: Path) -> None:
     theirs = [(crop, at) for crop, at in data["seq_true"].tolist() if crop > 0]
     assert [(tile, at) for tile, at in mine if tile > 0] == theirs
     assert sum(tile < 0 for tile, _ in mine) == shape.grids[1][0]
-    by_preset = GlobalCom2.preset("llava-next", retention=ratio)
+    by_preset = GlobalCom2.preset("llava-next", average_tokens=ratio)
     assert kept_by(by_preset, tokens_of([shape], {"cls_logits_last": scores[None]})) == [kept]
 
 
@@ -287,7 +287,7 @@ def test_everything_is_kept_at_one_and_bad_choices_say_so() -> None:
         with pytest.raises(ValueError, match=next(iter(fields))):
             GlobalCom2(**fields)
     with pytest.raises(ValueError, match="use keep="):
-        GlobalCom2.preset("llava-next", retention=0.3)
+        GlobalCom2.preset("llava-next", average_tokens=0.3)
 
 
 @pytest.mark.parametrize("name", ["llava-next", "llava-onevision"])

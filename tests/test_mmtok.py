@@ -182,10 +182,10 @@ def test_question_words(text: str, words: str) -> None:
 
 def test_presets_and_bad_fields() -> None:
     assert vlmprune.MMTok.preset("qwen2.5-vl").text_temperature == 0.01
-    crops = vlmprune.MMTok.preset("llava-next", keep=320)
+    crops = vlmprune.MMTok.preset("llava-next", average_tokens=320)
     assert isinstance(crops, vlmprune.PerTile)
-    assert crops.keep == crops.pruner.keep == 320
-    with pytest.raises(ValueError, match=r"llava-1\.5, llava-next"):
+    assert crops.keep == crops.pruner.keep == 320 / 2880
+    with pytest.raises(ValueError, match=r"'llava-1\.5' with 64, 128, 192; 'llava-next'"):
         vlmprune.MMTok.preset("gpt")
     for fields in ({"alpha": -1.0}, {"text_temperature": 0.0}, {"text": torch.ones(3)}):
         with pytest.raises(ValueError, match="mmtok"):

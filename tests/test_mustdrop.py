@@ -173,7 +173,7 @@ def test_budgets_presets_and_cache_layers() -> None:
     assert text.budget([576], 3, 32) == [None]
     assert text.budget([576], 0, 32) == [576]
     assert vlmprune.MustDrop(level=1.0, keep=1.0).budget([576], 3, 32) == [576]
-    with pytest.raises(ValueError, match="textvqa at 192, textvqa at 128"):
+    with pytest.raises(ValueError, match="'textvqa' with 192, 128, 64"):
         vlmprune.MustDrop.preset("gqa", 64)
     for wrong in ({"global_threshold": 0.0}, {"individual_threshold": -1.0, "level": 1.0}):
         with pytest.raises(ValueError, match="thresholds must be positive"):

@@ -69,27 +69,25 @@ def test_golden(path: Path) -> None:
     ],
 )
 def test_published_counts(tokens: int, counts: list[int], average: float) -> None:
-    pruner = vlmprune.SparseVLM.preset(tokens)
+    pruner = vlmprune.SparseVLM.preset("llava-1.5", tokens)
     assert [pruner.budget([576], layer, 32) for layer in (3, 7, 16)] == [[count] for count in counts]
     assert pruner.keep * 576 == pytest.approx(average)
     assert layer_average(576, counts, (3, 7, 16), 32) == average
     for before, (kept, left) in zip([576, *counts], zip(KEPT[tokens], counts)):
         assert split(before, left) == (kept, left - kept)
-    plain = vlmprune.SparseVLM.preset(tokens, recycle=False)
+    plain = vlmprune.SparseVLM.preset("llava-1.5", tokens, recycle=False)
     assert [plain.budget([576], layer, 32) for layer in (3, 7, 16)] == [[kept] for kept in KEPT[tokens]]
 
 
 def test_presets() -> None:
-    assert vlmprune.SparseVLM.preset(192) == vlmprune.SparseVLM()
-    ranked = vlmprune.SparseVLM.preset(128, "1.0", positions="original")
+    assert vlmprune.SparseVLM.preset("llava-1.5") == vlmprune.SparseVLM()
+    ranked = vlmprune.SparseVLM.preset("llava-1.5, v1.0", 128, positions="original")
     assert (ranked.rank_scale, ranked.rank_bias, ranked.positions) == (9.0, 6.0, "original")
     assert ranked.budget([576], 3, 32) == [None]
     assert ranked.budget([576], 0, 32) == [576]
     assert ranked.layers(32) == (3, 7, 16, 20)
-    with pytest.raises(ValueError, match="there are 192, 128, 96, 64"):
-        vlmprune.SparseVLM.preset(100)
-    with pytest.raises(ValueError, match=r'there are "1\.5" and "1\.0"'):
-        vlmprune.SparseVLM.preset(192, "2.0")
+    with pytest.raises(ValueError, match=r"'llava-1\.5' with 192, 128, 96, 64; 'llava-1\.5, v1\.0' with 192, 128, 64"):
+        vlmprune.SparseVLM.preset("llava-1.5", 100)
     assert vlmprune.SparseVLM(keep=1.0).budget([576], 3, 32) == [576]
     with pytest.raises(ValueError, match="out of reach"):
         vlmprune.SparseVLM(keep=0.05).budget([576], 3, 32)
@@ -226,7 +224,7 @@ def test_on_a_model(name: str) -> None:
 def test_rank_adaptive_on_a_model() -> None:
     family = FAMILIES["llava-clip-llama"]
     model, inputs = model_of(family), family.inputs(BATCHES["unequal"])
-    ranked = vlmprune.SparseVLM.preset(192, "1.0", rank_scale=2.0, recycle=False)
+    ranked = vlmprune.SparseVLM.preset("llava-1.5, v1.0", rank_scale=2.0, recycle=False)
     with torch.no_grad(), vlmprune.prune(model, ranked) as session:
         model(**inputs)
     # At most three words follow an image in these prompts: their attention has that rank at most.

@@ -306,20 +306,20 @@ def test_presets_and_bad_fields() -> None:
     for fields in ({"every": 0}, {"merged": 1.5}, {"beta": -1.0}):
         with pytest.raises(ValueError, match=next(iter(fields))):
             vlmprune.create_pruner("fastvid", **fields)
-    with pytest.raises(ValueError, match=r"presets 'llava', 'qwen2.5-vl', not 'gpt'"):
+    with pytest.raises(ValueError, match=r"publishes 'llava' with 0\.1; 'qwen2\.5-vl' with 0\.27"):
         fastvid.FastVID.preset("gpt")
     for fields in ({"selected": 2.0}, {"least_scenes": 0}, {"layer": 28}):
         with pytest.raises(ValueError, match=next(iter(fields))):
             vlmprune.create_pruner("flashvid", **fields)
-    with pytest.raises(ValueError, match="presets"):
+    with pytest.raises(ValueError, match="publishes"):
         flashvid.FlashVID.preset("gpt")
     assert flashvid.FlashVID.preset("qwen3-vl").layers(36) == (0, 28)
     for fields in ({"inner": 2.0}, {"layer": 0}):
         with pytest.raises(ValueError, match=next(iter(fields))):
             vlmprune.create_pruner("holitom", **fields)
     with pytest.raises(ValueError, match="publishes"):
-        holitom.HoliTom.preset(0.5)
-    assert holitom.HoliTom.preset(0.1).budget([1000], 0, 28) == [100]
+        holitom.HoliTom.preset("llava", 0.5)
+    assert holitom.HoliTom.preset("llava", 0.1).budget([1000], 0, 28) == [100]
     assert fastvid.FastVID.preset("qwen2.5-vl", keep=0.1) == fastvid.FastVID(keep=0.1, threshold=0.84)
 
 

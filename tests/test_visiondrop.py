@@ -99,7 +99,7 @@ def test_the_published_schedule() -> None:
     assert VisionDrop(keep=32).layers(40) == (0, 10, 20, 30)
     assert VisionDrop(stages=()).layers(32) == (0,)
     assert "next_keys" not in VisionDrop(stages=()).needs
-    with pytest.raises(ValueError, match="average_tokens=32 alone"):
+    with pytest.raises(ValueError, match=r"publishes 'llava-1\.5' with 32: for others use keep="):
         VisionDrop.preset("llava-1.5", average_tokens=64)
 
 

@@ -93,16 +93,16 @@ def test_golden(path: Path) -> None:
 
 def test_published_splits() -> None:
     for tokens, contextual in ((192, 30), (128, 20), (64, 10)):
-        pruner = VisionZip.preset("llava-1.5", tokens=tokens)
+        pruner = VisionZip.preset("llava-1.5", average_tokens=tokens)
         assert pruner.budget([576]) == [tokens]
         assert pruner._contextual(tokens) == contextual
     for tokens, contextual in ((640, 20), (320, 10), (160, 5)):
-        pruner = VisionZip.preset("llava-next", tokens=tokens)
+        pruner = VisionZip.preset("llava-next", average_tokens=tokens)
         assert pruner.budget([2880]) == [tokens]
         assert pruner._contextual(tokens // 5) == contextual
     assert VisionZip().budget([576]) == [64]
-    with pytest.raises(ValueError, match=r"publishes 'llava-1\.5' with 192, 128, 64 tokens"):
-        VisionZip.preset("llava-1.5", tokens=100)
+    with pytest.raises(ValueError, match=r"publishes 'llava-1\.5' with 64, 128, 192; 'llava-next' with 160"):
+        VisionZip.preset("llava-1.5", average_tokens=100)
 
 
 cases = st.tuples(st.integers(2, 40), st.integers(0, 2**16), st.booleans()).flatmap(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -25,6 +25,9 @@ TARGETS = {
     "kv": "KV-cache bytes after the prefill",
 }
 """What a budget can be asked for in, each as a share of the unpruned."""
+
+Presets: TypeAlias = Mapping[str, Mapping[float, Mapping[str, Any]]]
+"""Published settings: by model (or task), then by average number of tokens over the decoder layers, or share of all."""
 
 Positions: TypeAlias = Literal["original", "compact"]
 """Position ids after pruning: as in the unpruned prompt, or renumbered without gaps."""
@@ -357,6 +360,8 @@ class Pruner(ABC):
             on its fields overrides it with a property.
         query_aware: whether the question has a say.
         trained: whether it comes with weights of its own that must be trained.
+        otherwise: what to do where a model lacks a signal, as the end of a sentence.
+        presets: its published settings.
     """
 
     keep: Keep = 1.0
@@ -368,6 +373,28 @@ class Pruner(ABC):
     needs: ClassVar[frozenset[str]] = frozenset()
     query_aware: ClassVar[bool] = False
     trained: ClassVar[bool] = False
+    otherwise: ClassVar[str] = "use a method that works on the features alone, such as divprune"
+    presets: ClassVar[Presets] = {}
+
+    @classmethod
+    def preset(cls, name: str, average_tokens: float | None = None, **fields: Any) -> Pruner:
+        """A published setting: `VisionDrop.preset("llava-1.5", average_tokens=32)`. `presets` lists them.
+
+        Args:
+            name: model, or task, that it was published for.
+            average_tokens: its budget, as its authors call it: tokens of that model, on average over the decoder
+                layers, or a share of them. None: the first that is listed.
+            fields: change other settings.
+
+        Raises:
+            ValueError: a setting that is not published.
+        """
+        budgets = cls.presets.get(name, {})
+        average = next(iter(budgets), None) if average_tokens is None else average_tokens
+        if average is None or average not in budgets:
+            known = "; ".join(f"{key!r} with {', '.join(map(str, each))}" for key, each in cls.presets.items())
+            raise ValueError(f"{cls.name} publishes {known or 'no settings'}: for others use keep=")
+        return cls(**{**budgets[average], **fields})
 
     def __post_init__(self) -> None:
         check_keep(self.keep)

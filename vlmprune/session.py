@@ -125,8 +125,8 @@ class Session:
             raise ValueError(f"this model already has a session with {other.pruner}: close() that one first.")
         if missing := self._signals.missing:
             raise ValueError(
-                f"{pruner.name} needs {', '.join(missing)}, which this {adapter.family} does not give: use a method "
-                "that works on the features alone, such as divprune."
+                f"{pruner.name} needs {', '.join(missing)}, which this {adapter.family} does not give: "
+                f"{pruner.otherwise}."
             )
         if pruner.positions not in adapter.positions:
             if pruner.positions != pruner.published_positions:

@@ -15,6 +15,7 @@ from vlmprune.contract import Keep, Patches, Pruner, Reduced, Selection, VisualT
 from vlmprune.kernels import merge_plan, merge_tokens
 from vlmprune.kernels.merge import Matching
 
+OTHERWISE = 'set where="boundary", which merges behind the projector'
 Match = Callable[[Tensor, int], Matching]
 """(metric [P, T, d], pairs) -> the pairs that merge."""
 

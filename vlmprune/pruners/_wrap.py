@@ -25,6 +25,7 @@ class Wrapper(Pruner):
         self.keep, self.positions = self.pruner.keep, self.pruner.positions
         self.stage, self.needs = pruner.stage, pruner.needs  # type: ignore[misc]
         self.query_aware, self.trained = pruner.query_aware, pruner.trained  # type: ignore[misc]
+        self.otherwise = pruner.otherwise  # type: ignore[misc]
 
     @property
     def published_positions(self) -> Positions:

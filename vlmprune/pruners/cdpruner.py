@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-from vlmprune.contract import Keep, Positions, Pruner, Selection, VisualTokens
+from vlmprune.contract import Keep, Positions, Presets, Pruner, Selection, VisualTokens
 from vlmprune.kernels import dpp_select, pairwise_cosine
 from vlmprune.pruners._places import fill_up, pictures, placed, remaining
 from vlmprune.pruners.scope import PerFrame, PerTile, of_whole
@@ -57,11 +57,12 @@ class CDPruner(Pruner):
     name: ClassVar[str] = "cdpruner"
     paper: ClassVar[str] = "arXiv 2506.10967"
     query_aware: ClassVar[bool] = True
-    presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "llava-1.5": {"keep": 64, "sign": -1},
-        "llava-next": {"keep": 320, "sign": -1},
-        "llava-video": {"keep": 32 / 169},
-        "qwen2.5-vl": {"keep": 256, "positions": "original"},
+    presets: ClassVar[Presets] = {
+        "llava-1.5": {tokens: {"keep": tokens, "sign": -1} for tokens in (64, 32, 128)},
+        # Per crop: 64, 32 or 128 of each one's 576.
+        "llava-next": {tokens: {"keep": tokens / 2880, "sign": -1} for tokens in (320, 160, 640)},
+        "llava-video": {tokens: {"keep": tokens / 169} for tokens in (32, 16, 64)},  # of each frame's 169
+        "qwen2.5-vl": {tokens: {"keep": tokens, "positions": "original"} for tokens in (256, 128, 512)},  # of 1296
     }
 
     def __post_init__(self) -> None:
@@ -74,19 +75,9 @@ class CDPruner(Pruner):
             raise ValueError(f'cdpruner\'s relevance_norm is "per_image" or "per_crop", got {self.relevance_norm!r}')
 
     @classmethod
-    def preset(cls, name: str, **fields: Any) -> Pruner:
-        """Published settings by model.
-
-        "llava-1.5" (64 of 576) and "llava-next" (320 of 2880, per crop), both with CLIP's `relevance` to be given;
-        "llava-video" (32 of 169, per frame); "qwen2.5-vl" (256 of 1296).
-
-        Raises:
-            ValueError: another name, or a CLIP setting without `relevance`.
-        """
-        if name not in cls.presets:
-            raise ValueError(f"cdpruner has the presets {', '.join(cls.presets)}, not {name!r}")
-        pruner = cls(**{**cls.presets[name], **fields})
-        if pruner.sign < 0 and pruner.relevance is None:
+    def preset(cls, name: str, average_tokens: float | None = None, **fields: Any) -> Pruner:
+        pruner = super().preset(name, average_tokens, **fields)
+        if isinstance(pruner, CDPruner) and pruner.sign < 0 and pruner.relevance is None:
             raise ValueError(f"cdpruner's preset {name!r} needs relevance=, the image-text similarity of CLIP")
         if name == "llava-video":
             return PerFrame(pruner)

@@ -47,6 +47,7 @@ class CoreMatching(StagedPruner):
     stage: ClassVar[str] = "decoder"
     needs: ClassVar[frozenset[str]] = frozenset({"activation_overlap"})
     query_aware: ClassVar[bool] = True
+    otherwise: ClassVar[str] = "use a method that ranks by attention, such as fastv"
 
     def budget(self, counts: Sequence[int], layer: int = 0, depth: int = 32) -> Sequence[int | None]:
         if not self.elbow:

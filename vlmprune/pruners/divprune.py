@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vlmprune.contract import Keep, Positions, Pruner, Selection, VisualTokens
+from vlmprune.contract import Keep, Positions, Presets, Pruner, Selection, VisualTokens
 from vlmprune.kernels import max_min_select
 from vlmprune.registry import register_pruner
 
@@ -29,6 +29,11 @@ class DivPrune(Pruner):
 
     name: ClassVar[str] = "divprune"
     paper: ClassVar[str] = "arXiv 2503.02175"
+    presets: ClassVar[Presets] = {
+        "llava-1.5": {56: {}},
+        "llava-next": {0.098: {}},
+        "llava-next-video": {115: {"keep": 0.1}},
+    }
 
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
         return Selection(max_min_select(tokens.features, budget, mask=tokens.valid))

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vlmprune.contract import Keep, Positions, Pruner, Selection, VisualTokens
+from vlmprune.contract import Keep, Positions, Presets, Pruner, Selection, VisualTokens
 from vlmprune.pruners._top import top_indices
 from vlmprune.registry import register_pruner
 
@@ -36,6 +36,15 @@ class FastV(Pruner):
     stage: ClassVar[str] = "decoder"
     needs: ClassVar[frozenset[str]] = frozenset({"last_attention"})
     query_aware: ClassVar[bool] = True
+    presets: ClassVar[Presets] = {
+        # K = 2 and R = 0.5, 0.75 or 0.9; K = 3 and R = 0.5.
+        "llava-1.5": {
+            306: {"keep": 306 / 576},
+            171: {"keep": 171 / 576},
+            90: {"keep": 90 / 576},
+            315: {"keep": 315 / 576, "layer": 3},
+        }
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()

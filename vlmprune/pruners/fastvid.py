@@ -2,17 +2,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from vlmprune.contract import Keep
+from vlmprune.contract import Keep, Presets
 from vlmprune.pruners._segments import ATTENTION, BLOCK, density, filled, means, scenes, top_of_each, total_of
 from vlmprune.pruners._video import FrameMethod, first_true
 from vlmprune.registry import register_pruner
-
-PRESETS: dict[str, dict[str, Any]] = {"llava": {"keep": 0.1}, "qwen2.5-vl": {"keep": 0.27, "threshold": 0.84}}
 
 
 @register_pruner
@@ -51,6 +49,10 @@ class FastVID(FrameMethod):
     name: ClassVar[str] = "fastvid"
     paper: ClassVar[str] = "arXiv 2503.11187"
     needs: ClassVar[frozenset[str]] = frozenset({ATTENTION})
+    presets: ClassVar[Presets] = {  # "llava": OneVision and Video
+        "llava": {0.1: {"keep": 0.1}},
+        "qwen2.5-vl": {0.27: {"keep": 0.27, "threshold": 0.84}},
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,17 +62,6 @@ class FastVID(FrameMethod):
             )
         if not (0 <= self.merged <= 1 and 0 <= self.beta <= 1):
             raise ValueError(f"fastvid needs merged and beta in [0, 1], got {self.merged!r} and {self.beta!r}")
-
-    @classmethod
-    def preset(cls, name: str, **fields: Any) -> FastVID:
-        """A published setting, "llava" (OneVision and Video) or "qwen2.5-vl"; `fields` change it.
-
-        Raises:
-            ValueError: a setting that is not published.
-        """
-        if name not in PRESETS:
-            raise ValueError(f"fastvid has presets {', '.join(map(repr, PRESETS))}, not {name!r}")
-        return cls(**{**PRESETS[name], **fields})
 
     def choose(self, frames: Tensor, keep: int, part: Callable[[str], Tensor]) -> tuple[Tensor, Tensor | None]:
         attention = part(ATTENTION)

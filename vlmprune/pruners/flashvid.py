@@ -2,24 +2,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vlmprune.contract import Keep, Selection, VisualTokens
+from vlmprune.contract import Keep, Presets, Selection, VisualTokens
 from vlmprune.pruners._schedule import outer_and_inner, stage_layers
 from vlmprune.pruners._segments import ATTENTION, BLOCK, apportion, clusters, means, scenes, total_of
 from vlmprune.pruners._top import top_indices
 from vlmprune.pruners._video import FrameMethod, first_true
 from vlmprune.registry import register_pruner
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "llava": {},
-    "qwen2.5-vl": {"events": False, "least_scenes": 4},
-    "qwen3-vl": {"events": False, "least_scenes": 4, "layer": 28, "inner": 0.1, "model_depth": 36},
-}
 
 
 @register_pruner
@@ -70,6 +64,11 @@ class FlashVID(FrameMethod):
     stage: ClassVar[str] = "boundary, decoder"
     needs: ClassVar[frozenset[str]] = frozenset({ATTENTION, "last_attention"})
     query_aware: ClassVar[bool] = True
+    presets: ClassVar[Presets] = {  # "llava": OneVision and Video
+        "llava": {0.1: {}},
+        "qwen2.5-vl": {0.1: {"events": False, "least_scenes": 4}},
+        "qwen3-vl": {0.1: {"events": False, "least_scenes": 4, "layer": 28, "inner": 0.1, "model_depth": 36}},
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,17 +78,6 @@ class FlashVID(FrameMethod):
             raise ValueError(f"flashvid needs least_scenes of at least 1, got {self.least_scenes!r}")
         if not 1 <= self.layer < self.model_depth:
             raise ValueError(f"flashvid needs a layer from 1 to {self.model_depth - 1}, got {self.layer!r}")
-
-    @classmethod
-    def preset(cls, name: str, **fields: Any) -> FlashVID:
-        """A published setting, "llava" (OneVision and Video), "qwen2.5-vl" or "qwen3-vl"; `fields` change it.
-
-        Raises:
-            ValueError: a setting that is not published.
-        """
-        if name not in PRESETS:
-            raise ValueError(f"flashvid has presets {', '.join(map(repr, PRESETS))}, not {name!r}")
-        return cls(**{**PRESETS[name], **fields})
 
     def layers(self, depth: int) -> tuple[int, ...]:
         return (0, *stage_layers((self.layer,), depth, self.model_depth))

@@ -47,6 +47,7 @@ class FoPru(Pruner):
 
     name: ClassVar[str] = "fopru"
     paper: ClassVar[str] = "arXiv 2411.14164"
+    otherwise: ClassVar[str] = 'set score="received", which needs no CLS token'
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, interpolate
 from torch.nn.utils.rnn import pad_sequence
 
-from vlmprune.contract import Geometry, Keep, Positions, Pruner, Selection, VisualTokens
+from vlmprune.contract import Geometry, Keep, Positions, Presets, Pruner, Selection, VisualTokens
 from vlmprune.pruners._pictures import picture_of
 from vlmprune.pruners._schedule import truncate
 from vlmprune.registry import register_pruner
@@ -64,6 +64,10 @@ class GlobalCom2(Pruner):
 
     name: ClassVar[str] = "globalcom2"
     paper: ClassVar[str] = "arXiv 2501.05179"
+    otherwise: ClassVar[str] = 'set score="auto" or "cosine", which need no CLS token'
+    presets: ClassVar[Presets] = {  # the official arithmetic, by the retention ratio R
+        "llava-next": {ratio: {"keep": ratio, "exact_budget": False} for ratio in (0.25, 0.1, 0.5, 0.75)}
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,19 +81,6 @@ class GlobalCom2(Pruner):
             raise ValueError(f'newline must be "keep", "nonempty" or "drop", got {self.newline!r}')
         if self.newline == "nonempty" and self.exact_budget:
             raise ValueError('newline="nonempty" depends on the scores: set exact_budget=False as well')
-
-    @classmethod
-    def preset(cls, name: str, *, retention: float) -> GlobalCom2:
-        """The official arithmetic: "llava-next" at a retention ratio of 0.75, 0.5, 0.25 or 0.1.
-
-        Raises:
-            ValueError: a setting that is not published.
-        """
-        if name != "llava-next" or retention not in (0.75, 0.5, 0.25, 0.1):
-            raise ValueError(
-                "globalcom2 publishes 'llava-next' with retention 0.75, 0.5, 0.25, 0.1; for others use keep="
-            )
-        return cls(keep=retention, exact_budget=False)
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]

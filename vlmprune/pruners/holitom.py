@@ -2,12 +2,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from vlmprune.contract import Keep, Selection, VisualTokens
+from vlmprune.contract import Keep, Presets, Selection, VisualTokens
 from vlmprune.pruners._schedule import outer_and_inner, stage_layers
 from vlmprune.pruners._segments import ATTENTION, apportion, clusters, filled, means, top_of_each
 from vlmprune.pruners._top import top_indices
@@ -33,7 +33,7 @@ class HoliTom(FrameMethod):
     stay. Before layer `layer`, the share `inner` that the last token attends to most stays, and what leaves merges
     into the most similar that stays.
 
-    `keep` is the average over the layers (published ratios R at the boundary are `preset`s, keep = 23/28 R); budgets
+    `keep` is the average over the layers (published ratios R at the boundary are presets, keep = 23/28 R); budgets
     are exact: windows and frames share them in proportion, by largest remainders. A budget beyond what the windows
     leave goes to the static tokens with the largest attention, as they are. Inside the decoder a token becomes the mean
     of itself and all that join it, where the official code halves in order of arrival. Frames' other tokens are never
@@ -58,6 +58,12 @@ class HoliTom(FrameMethod):
     stage: ClassVar[str] = "boundary, decoder"
     needs: ClassVar[frozenset[str]] = frozenset({ATTENTION, "last_attention"})
     query_aware: ClassVar[bool] = True
+    presets: ClassVar[Presets] = {  # by the share R of the tokens at the boundary
+        "llava": {
+            ratio: {"keep": ratio * 23 / 28, "threshold": 0.65 if ratio == 0.1 else 0.8}
+            for ratio in (0.25, 0.2, 0.15, 0.1)
+        }
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,17 +71,6 @@ class HoliTom(FrameMethod):
             raise ValueError(f"holitom needs inner and beta in [0, 1], got {self.inner!r} and {self.beta!r}")
         if not 1 <= self.layer < self.model_depth:
             raise ValueError(f"holitom needs a layer from 1 to {self.model_depth - 1}, got {self.layer!r}")
-
-    @classmethod
-    def preset(cls, ratio: float, **fields: Any) -> HoliTom:
-        """The published setting for `ratio` (R) of the tokens at the boundary: 0.1, 0.15, 0.2 or 0.25.
-
-        Raises:
-            ValueError: a ratio that is not published.
-        """
-        if ratio not in (0.1, 0.15, 0.2, 0.25):
-            raise ValueError(f"holitom publishes ratios 0.1, 0.15, 0.2 and 0.25, not {ratio!r}; for others use keep=")
-        return cls(**{"keep": ratio * 23 / 28, "threshold": 0.65 if ratio == 0.1 else 0.8, **fields})
 
     def layers(self, depth: int) -> tuple[int, ...]:
         return (0, *stage_layers((self.layer,), depth, self.model_depth))

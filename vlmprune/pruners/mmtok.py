@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vlmprune.contract import Keep, Positions, Pruner, Selection, VisualTokens
+from vlmprune.contract import Keep, Positions, Presets, Pruner, Selection, VisualTokens
 from vlmprune.kernels import coverage_select, pairwise_cosine
 from vlmprune.pruners._places import fill_up, placed
 from vlmprune.pruners.scope import PerTile
@@ -69,10 +69,13 @@ class MMTok(Pruner):
     name: ClassVar[str] = "mmtok"
     paper: ClassVar[str] = "arXiv 2508.18264"
     query_aware: ClassVar[bool] = True
-    presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "llava-1.5": {"keep": 64},
-        "llava-next": {"keep": 160},
-        "qwen2.5-vl": {"keep": 0.2, "text_temperature": 0.01, "positions": "original"},
+    presets: ClassVar[Presets] = {
+        "llava-1.5": {tokens: {"keep": tokens} for tokens in (64, 128, 192)},
+        # Per crop: 32, 64 or 128 of each one's 576.
+        "llava-next": {tokens: {"keep": tokens / 2880} for tokens in (160, 320, 640)},
+        "qwen2.5-vl": {
+            share: {"keep": share, "text_temperature": 0.01, "positions": "original"} for share in (0.2, 0.1, 0.05)
+        },
     }
 
     def __post_init__(self) -> None:
@@ -85,15 +88,8 @@ class MMTok(Pruner):
             raise ValueError(f"mmtok's text must be word embeddings [M, D], got {list(self.text.shape)}")
 
     @classmethod
-    def preset(cls, name: str, **fields: Any) -> Pruner:
-        """Published settings by model: "llava-1.5" (64 of 576), "llava-next" (160 of 2880, per crop), "qwen2.5-vl".
-
-        Raises:
-            ValueError: another name.
-        """
-        if name not in cls.presets:
-            raise ValueError(f"mmtok has the presets {', '.join(cls.presets)}, not {name!r}")
-        pruner = cls(**{**cls.presets[name], **fields})
+    def preset(cls, name: str, average_tokens: float | None = None, **fields: Any) -> Pruner:
+        pruner = super().preset(name, average_tokens, **fields)
         return PerTile(pruner) if name == "llava-next" else pruner
 
     @property

@@ -4,25 +4,18 @@ import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from vlmprune.contract import Keep, Patches, Positions, Reduced, Selection, VisualTokens, budget, check_keep
+from vlmprune.contract import Keep, Patches, Positions, Presets, Reduced, Selection, VisualTokens, budget, check_keep
 from vlmprune.kernels import merge_tokens
 from vlmprune.pruners._merging import representatives
 from vlmprune.pruners._schedule import StagedPruner
 from vlmprune.pruners._top import top_indices
 from vlmprune.registry import register_pruner
 
-# (task, budget of LLaVA-1.5's 576 tokens): global and individual threshold of the official scripts.
-PRESETS = {
-    ("textvqa", 192): (0.001, 0.001),
-    ("textvqa", 128): (0.0012, 0.001),
-    ("textvqa", 64): (0.011, 0.01),
-    ("vizwiz", 64): (0.005, 0.001),
-}
 _KEYS = "cls_attention_last|received_attention_last?"
 
 
@@ -82,6 +75,15 @@ class MustDrop(StagedPruner):
     paper: ClassVar[str] = "arXiv 2411.10803"
     stage: ClassVar[str] = "encoder, decoder, cache"
     query_aware: ClassVar[bool] = True
+    otherwise: ClassVar[str] = "set tower_keep=None, for its tower cannot be shortened"
+    presets: ClassVar[Presets] = {  # thresholds of the official scripts, by task and of LLaVA-1.5's 576 tokens
+        "textvqa": {
+            192: {"keep": 192 / 576, "level": 1.0, "global_threshold": 0.001, "individual_threshold": 0.001},
+            128: {"keep": 128 / 576, "level": 1.0, "global_threshold": 0.0012, "individual_threshold": 0.001},
+            64: {"keep": 64 / 576, "level": 1.0, "global_threshold": 0.011, "individual_threshold": 0.01},
+        },
+        "vizwiz": {64: {"keep": 64 / 576, "level": 1.0, "global_threshold": 0.005, "individual_threshold": 0.001}},
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -128,16 +130,6 @@ class MustDrop(StagedPruner):
             order="raster",
         )
         return Reduced(out, keep, into)
-
-    @classmethod
-    def preset(cls, task: str, average_tokens: int, **fields: Any) -> MustDrop:
-        """The published thresholds for a task and budget of `PRESETS`, as a filter (`level` 1)."""
-        if (task, average_tokens) not in PRESETS:
-            known = ", ".join(f"{task} at {tokens}" for task, tokens in PRESETS)
-            raise ValueError(f"mustdrop has thresholds for {known}; got {task!r} at {average_tokens!r}")
-        share, peak = PRESETS[task, average_tokens]
-        published = {"global_threshold": share, "individual_threshold": peak, "level": 1.0}
-        return cls(**{"keep": average_tokens / 576, **published, **fields})
 
     def budget(self, counts: Sequence[int], layer: int = 0, depth: int = 32) -> Sequence[int | None]:
         if self._in_tower and layer == 0:

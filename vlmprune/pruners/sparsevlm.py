@@ -3,14 +3,14 @@ from __future__ import annotations
 import functools
 import numbers
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from vlmprune.contract import Keep, Positions, Selection, VisualTokens
+from vlmprune.contract import Keep, Positions, Presets, Pruner, Selection, VisualTokens
 from vlmprune.kernels import merge_tokens
 from vlmprune.pruners._schedule import (
     StagedPruner,
@@ -23,8 +23,9 @@ from vlmprune.pruners._schedule import (
 from vlmprune.registry import register_pruner
 
 # Official names of the budgets, and the tokens of 576 kept before clusters are added (v1.5) or the factor and offset on
-# the rank (v1.0).
+# the rank (v1.0); what v1.5 comes to, clusters included, on average over 32 layers.
 KEPT = {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)}
+AVERAGE = {192: 206.5, 128: 145.40625, 96: 114.09375, 64: 82.25}
 RANKED = {192: (13.5, 0.0), 128: (9.0, 6.0), 64: (0.8, 0.0)}
 _ROWS = 1024  # of a distance matrix at a time
 
@@ -45,9 +46,10 @@ class SparseVLM(StagedPruner):
 
     Published for 32 layers: layers 2, 6 and 15 of the paper, which act before 3, 7 and 16; 300, 200 and 110 of 576
     tokens and 9, 4 and 3 clusters, called 192 and in truth 206.5 on average over the layers, which is the default keep;
-    positions compact. `SparseVLM.preset` has the other budgets. Any other keep raises the ratios to a common power.
+    positions compact. The presets have the other budgets, by their official names. Any other keep raises the ratios to
+    a common power.
 
-    v1.0 (`rank_scale`, or `preset(version="1.0")`) keeps rank(P) * rank_scale + rank_bias tokens, P the raters'
+    v1.0 (`rank_scale`, or the preset "llava-1.5, v1.0") keeps rank(P) * rank_scale + rank_bias tokens, P the raters'
     attention, mean over heads: what that gives cannot be told beforehand, and `keep` below 1.0 has no further say. v2
     ranks by chosen heads, which the signals here, means over heads, do not tell apart: it is not offered.
 
@@ -60,7 +62,7 @@ class SparseVLM(StagedPruner):
         rank_bias: tokens kept beyond (v1.0).
     """
 
-    keep: Keep = 206.5 / 576
+    keep: Keep = AVERAGE[192] / 576
     positions: Positions = "compact"
     layer_list: tuple[int, ...] = (3, 7, 16)
     ratios: tuple[float, ...] = (300 / 576, 200 / 576, 110 / 576)
@@ -73,23 +75,31 @@ class SparseVLM(StagedPruner):
     stage: ClassVar[str] = "decoder"
     needs: ClassVar[frozenset[str]] = frozenset({"text_attention", "prompt_features", "text_features", "text_mask"})
     query_aware: ClassVar[bool] = True
+    presets: ClassVar[Presets] = {
+        "llava-1.5": {
+            tokens: {"keep": AVERAGE[tokens] / 576, "ratios": tuple(each / 576 for each in kept)}
+            for tokens, kept in KEPT.items()
+        },
+        "llava-1.5, v1.0": {
+            tokens: {
+                "keep": tokens / 576,
+                "layer_list": (3, 7, 16, 20),
+                "ratios": (1.0,) * 4,
+                "rank_scale": scale,
+                "rank_bias": bias,
+            }
+            for tokens, (scale, bias) in RANKED.items()
+        },
+    }
 
     @classmethod
-    def preset(cls, average_tokens: int, version: str = "1.5", **fields: Any) -> SparseVLM:
-        """The published setting called `average_tokens` (of LLaVA-1.5's 576): 192, 128, 64, in v1.5 also 96."""
-        tables: dict[str, dict[int, Any]] = {"1.5": KEPT, "1.0": RANKED}
-        table = tables.get(version, {})
-        if average_tokens not in table:
-            known = ", ".join(map(str, table)) if table else '"1.5" and "1.0"'
-            raise ValueError(f"sparsevlm has no preset {average_tokens!r} of version {version!r}: there are {known}")
-        if version == "1.0":
-            scale, bias = RANKED[average_tokens]
-            ranked = {"layer_list": (3, 7, 16, 20), "ratios": (1.0,) * 4, "rank_scale": scale, "rank_bias": bias}
-            return cls(**{"keep": average_tokens / 576, **ranked, **fields})
-        ratios = tuple(kept / 576 for kept in KEPT[average_tokens])
-        counts = _counts(576, ratios, fields.get("recycle", True), 1.0)
-        keep = layer_average(576, counts, cls.layer_list, cls.model_depth) / 576
-        return cls(**{"keep": keep, "ratios": ratios, **fields})
+    def preset(cls, name: str, average_tokens: float | None = None, **fields: Any) -> Pruner:
+        pruner = super().preset(name, average_tokens, **fields)
+        if not isinstance(pruner, SparseVLM) or pruner.recycle or pruner.rank_scale is not None or "keep" in fields:
+            return pruner
+        # Without clusters the published counts come to less.
+        counts = _counts(576, pruner.ratios, False, 1.0)
+        return replace(pruner, keep=layer_average(576, counts, pruner.layer_list, pruner.model_depth) / 576)
 
     def budget(self, counts: Sequence[int], layer: int = 0, depth: int = 32) -> Sequence[int | None]:
         if self.rank_scale is not None:

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from vlmprune.contract import Keep, Positions, Pruner, Selection, VisualTokens
+from vlmprune.contract import Keep, Positions, Presets, Pruner, Selection, VisualTokens
 from vlmprune.kernels import max_min_select
 from vlmprune.pruners._places import fill_up, overview, placed, remaining
 from vlmprune.registry import register_pruner
@@ -54,6 +54,7 @@ class ToDRE(Pruner):
     paper: ClassVar[str] = "arXiv 2505.18757"
     stage: ClassVar[str] = "boundary, decoder"
     query_aware: ClassVar[bool] = True
+    presets: ClassVar[Presets] = {"llava-next": {720: {"keep": 0.25}, 288: {"keep": 0.1}}}
 
     def __post_init__(self) -> None:
         super().__post_init__()

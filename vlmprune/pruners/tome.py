@@ -9,7 +9,7 @@ from torch import Tensor
 from vlmprune.contract import Patches
 from vlmprune.kernels import bipartite_match
 from vlmprune.kernels.merge import Matching
-from vlmprune.pruners._merging import Merging
+from vlmprune.pruners._merging import OTHERWISE, Merging
 from vlmprune.registry import register_pruner
 
 
@@ -33,6 +33,7 @@ class ToMe(Merging):
 
     name: ClassVar[str] = "tome"
     paper: ClassVar[str] = "arXiv 2210.09461"
+    otherwise: ClassVar[str] = OTHERWISE
 
     def goal(self, count: int, keep: int, layer: int, depth: int) -> int:
         return count - round((count - keep) * (layer + 1) / depth)

@@ -1,28 +1,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypedDict
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from vlmprune.contract import Keep, Positions, Selection, VisualTokens
+from vlmprune.contract import Keep, Positions, Presets, Selection, VisualTokens
 from vlmprune.pruners._schedule import StagedPruner
 from vlmprune.pruners._top import top_indices
 from vlmprune.registry import register_pruner
-
-
-class _Preset(TypedDict):
-    keep: float
-    ratios: tuple[float, ...]
-
-
-PRESETS: dict[str, _Preset] = {
-    "high": {"keep": 236.25 / 576, "ratios": (0.875, 0.625, 0.125)},
-    # The authors give its FLOPs, 1.19 T, and not its ratios: these cost 1.187 T by the formula that gives 1.557 T for
-    # "high", published as 1.56 T.
-    "low": {"keep": 180 / 576, "ratios": (0.5, 0.25, 0.0625)},
-}
 
 
 @register_pruner
@@ -55,18 +42,17 @@ class TransPrune(StagedPruner):
     stage: ClassVar[str] = "decoder"
     needs: ClassVar[frozenset[str]] = frozenset({"transition", "next_text_attention"})
     query_aware: ClassVar[bool] = True
+    presets: ClassVar[Presets] = {
+        "high": {236.25: {"keep": 236.25 / 576, "ratios": (0.875, 0.625, 0.125)}},
+        # The authors give its FLOPs, 1.19 T, and not its ratios: these cost 1.187 T by the formula that gives 1.557 T
+        # for "high", published as 1.56 T.
+        "low": {180: {"keep": 180 / 576, "ratios": (0.5, 0.25, 0.0625)}},
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"transprune's alpha must be between 0 (attention alone) and 1, got {self.alpha!r}")
-
-    @classmethod
-    def preset(cls, name: str, **fields: Any) -> TransPrune:
-        """The published schedule `name` of `PRESETS`; `fields` change the rest."""
-        if name not in PRESETS:
-            raise ValueError(f"transprune has the presets {', '.join(PRESETS)}, not {name!r}")
-        return cls(**{**PRESETS[name], **fields})
 
     def accumulate(self, depth: int) -> tuple[int, ...]:
         layers = self.layers(depth)

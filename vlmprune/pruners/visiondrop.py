@@ -4,11 +4,11 @@ import functools
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
-from vlmprune.contract import Keep, Positions, Pruner, Selection, VisualTokens
+from vlmprune.contract import Keep, Positions, Presets, Pruner, Selection, VisualTokens
 from vlmprune.pruners._contextual import (
     Merge,
     Query,
@@ -20,8 +20,6 @@ from vlmprune.pruners._contextual import (
 )
 from vlmprune.pruners._schedule import nearest_power, stage_layers
 from vlmprune.registry import register_pruner
-
-PRESETS: dict[str, dict[int, dict[str, Any]]] = {"llava-1.5": {32: {"keep": 32}}}
 
 
 class Stage(NamedTuple):
@@ -81,6 +79,8 @@ class VisionDrop(Pruner):
     name: ClassVar[str] = "visiondrop"
     paper: ClassVar[str] = "arXiv 2506.22283"
     stage: ClassVar[str] = "boundary, decoder"
+    otherwise: ClassVar[str] = 'set query="auto", which ranks by the attention received where there is no CLS token'
+    presets: ClassVar[Presets] = {"llava-1.5": {32: {"keep": 32}}}  # of no other are the stages known
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,18 +91,6 @@ class VisionDrop(Pruner):
             raise ValueError(f"ratio must be in (0, 1], got {self.ratio!r}")
         if len(self.contextual) != 2 or not all(0 <= share < 1 for share in self.contextual):
             raise ValueError(f"contextual must be two shares in [0, 1) of the kept tokens, got {self.contextual!r}")
-
-    @classmethod
-    def preset(cls, name: str, *, average_tokens: int) -> VisionDrop:
-        """A published setting: "llava-1.5" with an average of 32 tokens, the only one of which the stages are known.
-
-        Raises:
-            ValueError: another one.
-        """
-        known = PRESETS.get(name, {})
-        if average_tokens not in known:
-            raise ValueError("visiondrop publishes 'llava-1.5' with average_tokens=32 alone; for others use keep=")
-        return cls(**known[average_tokens])
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]

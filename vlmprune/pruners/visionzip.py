@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
-from vlmprune.contract import Keep, Positions, Pruner, Selection, VisualTokens
+from vlmprune.contract import Keep, Positions, Presets, Pruner, Selection, VisualTokens
 from vlmprune.pruners._contextual import (
     Merge,
     Query,
@@ -15,12 +15,6 @@ from vlmprune.pruners._contextual import (
     encoder_stage,
 )
 from vlmprune.registry import register_pruner
-
-PRESETS: dict[str, dict[int, dict[str, Any]]] = {
-    "llava-1.5": {tokens: {"keep": tokens} for tokens in (192, 128, 64)},
-    # Of 2880 tokens in five pictures: 128, 64 or 32 of each one's 576.
-    "llava-next": {tokens: {"keep": tokens / 2880} for tokens in (640, 320, 160)},
-}
 
 
 @register_pruner
@@ -57,25 +51,18 @@ class VisionZip(Pruner):
 
     name: ClassVar[str] = "visionzip"
     paper: ClassVar[str] = "arXiv 2412.04467"
+    otherwise: ClassVar[str] = 'set query="auto", which ranks by the attention received where there is no CLS token'
+    presets: ClassVar[Presets] = {
+        "llava-1.5": {tokens: {"keep": tokens} for tokens in (64, 128, 192)},
+        # Of 2880 tokens in five pictures: 32, 64 or 128 of each one's 576.
+        "llava-next": {tokens: {"keep": tokens / 2880} for tokens in (160, 320, 640)},
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choices(self.query, self.merge)
         if not 0 <= self.contextual < 1:
             raise ValueError(f"contextual must be a share in [0, 1) of the kept tokens, got {self.contextual!r}")
-
-    @classmethod
-    def preset(cls, name: str, *, tokens: int) -> VisionZip:
-        """A published setting: "llava-1.5" with 192, 128 or 64 tokens, "llava-next" with 640, 320 or 160.
-
-        Raises:
-            ValueError: a setting that is not published.
-        """
-        known = PRESETS.get(name, {})
-        if tokens not in known:
-            settings = ", ".join(f"{name!r} with {', '.join(map(str, each))} tokens" for name, each in PRESETS.items())
-            raise ValueError(f"visionzip publishes {settings}; for others use keep=")
-        return cls(**known[tokens])
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
