@@ -11,11 +11,10 @@ from torch.nn.functional import grid_sample
 from vlmprune.contract import Keep, Positions, Presets, Pruner, Selection, VisualTokens
 from vlmprune.kernels import dpp_select, pairwise_cosine
 from vlmprune.pruners._places import fill_up, pictures, placed, remaining
-from vlmprune.pruners.scope import PerFrame, PerTile, of_whole
+from vlmprune.pruners.scope import Given, PerFrame, PerTile, given_scores
 from vlmprune.registry import register_pruner
 
 Scope = Literal["per_image", "per_crop"]
-Relevance = Tensor | Callable[[VisualTokens], Tensor]
 
 
 @register_pruner
@@ -52,7 +51,7 @@ class CDPruner(Pruner):
     theta: float | None = None
     sign: int = 1
     relevance_norm: Scope = "per_image"
-    relevance: Relevance | None = field(default=None, repr=False, compare=False)
+    relevance: Given | None = field(default=None, repr=False, compare=False)
 
     name: ClassVar[str] = "cdpruner"
     paper: ClassVar[str] = "arXiv 2506.10967"
@@ -101,17 +100,7 @@ class CDPruner(Pruner):
             words, real = tokens.signal("instruction").float(), tokens.signal("instruction_mask")
             mean = (words * real[..., None]).sum(1, keepdim=True) / real.sum(1).clamp(min=1)[:, None, None]
             return instruction_relevance(tokens.features.float(), mean)
-        return of_whole(tokens, self._given).to(tokens.features.device, torch.float32)
-
-    def _given(self, tokens: VisualTokens) -> Tensor:
-        assert self.relevance is not None
-        given = self.relevance if isinstance(self.relevance, Tensor) else self.relevance(tokens)
-        if given.shape != tokens.valid.shape:
-            raise ValueError(
-                f"cdpruner's relevance must be {list(tokens.valid.shape)} here, one entry a visual token of each image "
-                f"that loses tokens, got {list(given.shape)}"
-            )
-        return given
+        return given_scores(tokens, self.relevance, self.name)
 
 
 def patch_relevance(scores: Tensor, grid: tuple[int, int]) -> Callable[[VisualTokens], Tensor]:

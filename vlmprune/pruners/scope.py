@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -144,6 +144,31 @@ def of_whole(tokens: VisualTokens, table_of: Callable[[VisualTokens], Tensor]) -
     assert tokens.whole is not None
     assert tokens.cut is not None
     return tokens.cut(of_whole(tokens.whole, table_of))
+
+
+Given: TypeAlias = Tensor | Callable[[VisualTokens], Tensor]
+"""Similarity of every token with the question, from elsewhere: [I, N], one row for each item of the prompts in order,
+in the order of its tokens; or a function that gives it for the items (of those that lose tokens) in a
+`VisualTokens`."""
+
+
+def given_scores(tokens: VisualTokens, given: Given, name: str) -> Tensor:
+    """fp32 [I, N] on the features' device: what the method `name` was given, of the tokens that are asked for.
+
+    Raises:
+        ValueError: scores that do not fit the tokens.
+    """
+
+    def whole(tokens: VisualTokens) -> Tensor:
+        scores = given if isinstance(given, Tensor) else given(tokens)
+        if scores.shape != tokens.valid.shape:
+            raise ValueError(
+                f"{name}'s relevance must be {list(tokens.valid.shape)} here, one entry a visual token of each image "
+                f"that loses tokens, got {list(scores.shape)}"
+            )
+        return scores
+
+    return of_whole(tokens, whole).to(tokens.features.device, torch.float32)
 
 
 def _join(parts: list[list[Tensor]], fill: int) -> Tensor:
