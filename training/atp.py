@@ -14,10 +14,7 @@ Attention maps are needed, so the model runs with eager attention.
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import functools
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -29,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from questions import Questions, collate, load
+from questions import Questions, collate, forever, from_arguments, load
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -219,11 +216,6 @@ def schedule(settings: Settings, step: int) -> tuple[float, float]:
     return math.exp(low + (high - low) * golden), math.exp(cold + (hot - cold) * step / max(settings.steps - 1, 1))
 
 
-def forever(loader: DataLoader) -> Iterator[dict[str, Tensor]]:
-    while True:
-        yield from loader
-
-
 def train(settings: Settings) -> ThresholdModules:
     """Train, measure and save; returns the modules."""
     accelerator = Accelerator()
@@ -330,26 +322,5 @@ def measure(
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, help="JSON file of settings; flags override it")
-    for item in dataclasses.fields(Settings):
-        flag, default = f"--{item.name.replace('_', '-')}", item.default
-        if isinstance(default, bool):
-            parser.add_argument(flag, action="store_true", default=None)
-        elif isinstance(default, tuple):
-            parser.add_argument(flag, type=type(default[0]), nargs=len(default), help=f"default {default}")
-        else:
-            kind = str if default is None else type(default)
-            parser.add_argument(flag, type=kind, help=f"default {default}")
-    given = vars(parser.parse_args())
-    file = given.pop("config")
-    settings = json.loads(file.read_text(encoding="utf-8")) if file else {}
-    settings |= {name: value for name, value in given.items() if value is not None}
-    if unknown := sorted(set(settings) - {item.name for item in dataclasses.fields(Settings)}):
-        parser.error(f"unknown settings {', '.join(unknown)}")
-    train(Settings(**{name: Path(value) if name == "out" else value for name, value in settings.items()}))
-
-
 if __name__ == "__main__":
-    main()
+    train(from_arguments(Settings, __doc__))

@@ -11,8 +11,6 @@ Without `--model` and `--data` it works on the bundled model and scenes, minutes
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import functools
 import hashlib
 import time
@@ -23,7 +21,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from questions import Questions, collate, load
+from questions import Questions, collate, from_arguments, load
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, TensorDataset
@@ -175,16 +173,5 @@ def train(settings: Settings) -> Mapper:
     return mapper
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for item in dataclasses.fields(Settings):
-        flag, default = f"--{item.name.replace('_', '-')}", item.default
-        if isinstance(default, tuple):
-            parser.add_argument(flag, type=int, nargs="+", default=default)
-        else:
-            parser.add_argument(flag, type=str if default is None else type(default), default=default)
-    train(Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args()).items()}))
-
-
 if __name__ == "__main__":
-    main()
+    train(from_arguments(Settings, __doc__))

@@ -1,18 +1,24 @@
-"""Questions and answers to train small modules on: the bundled scenes, or a file of one's own."""
+"""What the trainers of small modules share: questions and answers (the bundled scenes, or a file of one's own), the
+model, and settings from the command line."""
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import json
-from collections.abc import Sequence
+import typing
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from vlmprune import bundled
+
+S = TypeVar("S")
 
 
 class Questions(Dataset):
@@ -82,3 +88,37 @@ def load(name: str | None) -> tuple[nn.Module, Any]:
         return model, processor
     model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", attn_implementation="eager")
     return model.eval(), AutoProcessor.from_pretrained(name)
+
+
+def forever(loader: DataLoader) -> Iterator[dict[str, Tensor]]:
+    while True:
+        yield from loader
+
+
+def from_arguments(kind: type[S], description: str | None) -> S:
+    """Settings, a dataclass, from flags named after its fields, over those of a JSON file (`--config`)."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, help="JSON file of settings; flags override it")
+    kinds, fields = typing.get_type_hints(kind), dataclasses.fields(kind)  # type: ignore[arg-type]
+    for item in fields:
+        flag, default = f"--{item.name.replace('_', '-')}", item.default
+        if isinstance(default, bool):
+            parser.add_argument(flag, action="store_true", default=None)
+        elif isinstance(default, tuple):
+            any_number = Ellipsis in typing.get_args(kinds[item.name])
+            width = "+" if any_number else len(default)
+            parser.add_argument(flag, type=type(default[0]), nargs=width, help=f"default {default}")
+        else:
+            parser.add_argument(flag, type=str if default is None else type(default), help=f"default {default}")
+    given = vars(parser.parse_args())
+    file = given.pop("config")
+    settings = json.loads(file.read_text(encoding="utf-8")) if file else {}
+    settings |= {name: value for name, value in given.items() if value is not None}
+    if unknown := sorted(set(settings) - {item.name for item in fields}):
+        parser.error(f"unknown settings {', '.join(unknown)}")
+    return kind(
+        **{
+            name: Path(value) if name == "out" else tuple(value) if isinstance(value, list) else value
+            for name, value in settings.items()
+        }
+    )

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import bisect
-import json
 import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from vlmprune.contract import Geometry, Keep, Positions, Pruner, Selection, VisualTokens
 from vlmprune.pruners._schedule import layer_average, stage_counts, stage_layers, stage_ratios
 from vlmprune.pruners._top import top_indices
+from vlmprune.pruners._weights import load_module, save_module
 from vlmprune.registry import register_pruner
 
 LAYERS = (5, 15, 25)  # modules behind layers 4, 14 and 24 of 32
@@ -175,22 +175,16 @@ class ThresholdModules(nn.Module):
 
     def save(self, folder: str | Path, **notes: Any) -> None:
         """Write `model.safetensors` and `config.json`; `notes` go into the latter."""
-        from safetensors.torch import save_file
-
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        config = {
-            "method": "atp",
-            "layers": list(self.layers),
-            "depth": self.depth,
-            "hidden": self.hidden,
-            "reached": [list(pair) for pair in self.reached],
+        save_module(
+            self,
+            folder,
+            method="atp",
+            layers=list(self.layers),
+            depth=self.depth,
+            hidden=self.hidden,
+            reached=[list(pair) for pair in self.reached],
             **notes,
-        }
-        weights = {name: value.detach().cpu().float().contiguous() for name, value in self.state_dict().items()}
-        save_file(weights, folder / "model.safetensors")
-        (folder / "model.safetensors").chmod(0o644)
-        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        )
 
     @classmethod
     def load(cls, folder: str | Path) -> ThresholdModules:
@@ -199,21 +193,12 @@ class ThresholdModules(nn.Module):
         Raises:
             ValueError: no such folder, or weights that do not fit its config.
         """
-        from safetensors.torch import load_file
-
-        folder = Path(folder)
-        try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            if config.get("method") != "atp":
-                raise KeyError("method")
-            modules = cls(config["layers"], config["depth"], config["hidden"], config["reached"])
-            modules.load_state_dict(load_file(folder / "model.safetensors"))
-        except (OSError, KeyError, TypeError, json.JSONDecodeError, RuntimeError) as error:
-            raise ValueError(
-                f"weights {str(folder)!r} are not a folder that training/atp.py wrote "
-                f"(config.json and model.safetensors): {error}"
-            ) from error
-        return modules.eval().requires_grad_(False)
+        return load_module(
+            folder,
+            "atp",
+            "training/atp.py",
+            lambda config: cls(config["layers"], config["depth"], config["hidden"], config["reached"]),
+        )
 
 
 class _Scored(Pruner):

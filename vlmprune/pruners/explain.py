@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import numbers
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from vlmprune.contract import Keep, Positions, Pruner, Selection, VisualTokens
 from vlmprune.pruners._top import top_indices
+from vlmprune.pruners._weights import load_module, save_module
 from vlmprune.registry import register_pruner
 
 CHANNELS = (32, 64, 128, 256, 512)
@@ -87,15 +87,9 @@ class Mapper(nn.Module):
 
     def save(self, folder: str | Path, **notes: Any) -> None:
         """Write `model.safetensors` (fp16) and `config.json`; `notes` go into the latter."""
-        from safetensors.torch import save_file
-
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: value.detach().cpu().half().contiguous() for name, value in self.state_dict().items()}
-        save_file(weights, folder / "model.safetensors")
-        (folder / "model.safetensors").chmod(0o644)
-        config = {"method": "explain", "channels": list(self.channels), "kernel": self.kernel, **notes}
-        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        save_module(
+            self, folder, torch.float16, method="explain", channels=list(self.channels), kernel=self.kernel, **notes
+        )
 
     @classmethod
     def load(cls, folder: str | Path) -> Mapper:
@@ -104,21 +98,9 @@ class Mapper(nn.Module):
         Raises:
             ValueError: no such folder, or weights that do not fit its config.
         """
-        from safetensors.torch import load_file
-
-        folder = Path(folder)
-        try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            if config.get("method") != "explain":
-                raise KeyError("method")
-            mapper = cls(config["channels"], config["kernel"])
-            mapper.load_state_dict(load_file(folder / "model.safetensors"))
-        except (OSError, KeyError, TypeError, json.JSONDecodeError, RuntimeError) as error:
-            raise ValueError(
-                f"weights {str(folder)!r} are not a folder that training/explain.py wrote "
-                f"(config.json and model.safetensors): {error}"
-            ) from error
-        return mapper.eval().requires_grad_(False)
+        return load_module(
+            folder, "explain", "training/explain.py", lambda config: cls(config["channels"], config["kernel"])
+        )
 
 
 class _FirstLayer(Pruner):

@@ -1,0 +1,51 @@
+"""Weights of methods that are trained: a folder with `config.json` and `model.safetensors`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def save_module(module: nn.Module, folder: str | Path, dtype: torch.dtype = torch.float32, **config: Any) -> None:
+    """Write a module's weights in `dtype`, and `config`, which names the `method` and what builds the module again."""
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.detach().cpu().to(dtype).contiguous() for name, value in module.state_dict().items()}
+    save_file(weights, folder / "model.safetensors")
+    (folder / "model.safetensors").chmod(0o644)
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def load_module(folder: str | Path, method: str, script: str, build: Callable[[dict[str, Any]], M]) -> M:
+    """Read what `save_module` wrote, on the CPU, in fp32 and in evaluation mode.
+
+    Args:
+        script: what writes such folders, for the error.
+        build: the module of a config.
+
+    Raises:
+        ValueError: no such folder, weights of another method, or weights that do not fit their config.
+    """
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if config.get("method") != method:
+            raise ValueError(f"these are weights of {config.get('method')!r}, not of {method!r}")
+        module = build(config)
+        module.load_state_dict(load_file(folder / "model.safetensors"))
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"weights {str(folder)!r} are not a folder that {script} wrote (config.json and model.safetensors): {error}"
+        ) from error
+    return module.eval().requires_grad_(False)
