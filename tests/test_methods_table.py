@@ -11,6 +11,7 @@ import pytest
 import vlmprune
 from vlmprune import methods_table
 from vlmprune.contract import SIGNALS
+from vlmprune.registry import frame_selectors
 
 README = Path(__file__).parents[1] / "README.md"
 HINT = "run python -m vlmprune.methods_table"
@@ -26,7 +27,8 @@ def test_every_family_was_asked_for_every_method() -> None:
 
 def test_every_method_is_in_it_with_what_its_class_says() -> None:
     table = {method.name: method for method in methods_table.methods()}
-    assert list(table) == vlmprune.list_pruners()
+    assert list(table) == sorted([*vlmprune.list_pruners(), *frame_selectors()])
+    assert (table["free_video_llm"].stage, table["free_video_llm"].where) == ("frames", "all")
     assert (table["divprune"].query_aware, table["divprune"].trained) == (False, False)
     assert (table["atp"].query_aware, table["atp"].trained) == (True, True)
     assert table["divprune"].where == "all"

@@ -21,12 +21,15 @@ from typer.testing import CliRunner
 
 import vlmprune
 from vlmprune import bundled, registry
+from vlmprune.ask import load_chat, prompt_inputs
 from vlmprune.cli import app
+from vlmprune.clip import ClipScorer
 from vlmprune.contract import Pruner, Selection
 from vlmprune.sweep import metrics, store
 from vlmprune.sweep import run as job
 from vlmprune.sweep.config import DataConfig, load_config
 from vlmprune.sweep.data import load_data
+from vlmprune.sweep.evaluate import generate
 from vlmprune.sweep.plan import UNPRUNED, settings_of
 
 QUICK = ("--keep", "0.25", "--limit", "20", "--batch-size", "8", "--no-timing")
@@ -182,7 +185,7 @@ def test_flags_go_before_the_file(tmp_path):
 def test_all_methods_and_seeds(tmp_path):
     config = load_config(None, {"methods": ["all", "fastv:layer=1"], "seeds": [0, 1], "positions": ["own", "original"]})
     plan = settings_of(config)
-    assert {s.method for s in plan} == {UNPRUNED, *vlmprune.list_pruners()}
+    assert {s.method for s in plan} == {UNPRUNED, *vlmprune.list_pruners(), *registry.frame_selectors()}
     assert {s.seed for s in plan if s.method == "random"} == {0, 1}
     assert {s.seed for s in plan if s.method == "uniform"} == {None}
     assert {s.positions for s in plan if s.method == "divprune"} == {"compact", "original"}
@@ -512,3 +515,39 @@ def test_timings(digits, done, tmp_path):
         assert timing["timed_batch"] == 8
         assert timing["date"]
         assert timing["threads"] == torch.get_num_threads()
+
+
+def test_frames_chosen_beforehand(tmp_path, digits):
+    """A frame selector's rows: what the model was shown, against all there was, its scorer's work included."""
+    out = tmp_path / "out"
+    flags = ("--method", "free_video_llm:roi=1.0", "--keep", "0.5", "--batch-size", "4")
+    video = ("--model", "bundled/digit-qwen-vl", "--data", "digit-clips", "--limit", "7")
+    result = call("sweep", *video, *flags, "--out", out)
+    assert result.exit_code == 0, result.output
+    table = rows(out)
+    row, whole = table["free_video_llm"], table[UNPRUNED]
+    assert row["tokens"]["full"] == whole["tokens"]["full"]
+    assert row["flops"]["full"] == whole["flops"]["full"]
+    assert 0.4 < row["tokens"]["average_keep"] < 0.7  # whole pairs of frames
+    assert row["changed"]
+    assert row["logit_difference"] > 0
+    timing = next(t for t in store.read(out / store.TIMINGS) if t["id"] == row["id"])
+    assert 0 < timing["selection_seconds"]["median"] < timing["first_token_seconds"]["median"]
+
+    data = load_data(DataConfig(source="digit-clips", limit=7))
+    chat = load_chat(str(bundled.video_model_path()), "cpu", "float32")
+    scorer, chooser = ClipScorer(), vlmprune.FreeVideoLLM(keep=0.5, roi=1.0)
+    replies = {entry["place"]: entry["reply"] for entry in store.read_lines(job.predictions_path(out, row["id"]))}
+    shown = []
+    for place, sample in enumerate(data.samples):
+        clip = chooser.frames(sample.video(), sample.question, scorer)
+        inputs = prompt_inputs(chat.processor, sample.question, clips=[clip])
+        shown.append(int((inputs["input_ids"] == chat.model.config.video_token_id).sum()))
+        assert generate(chat, inputs, 16) == [replies[place]]
+    assert row["tokens"]["average"] == pytest.approx(sum(shown) / len(shown))
+    scoring = row["flops"]["pruned"] - row["tokens"]["average"] / whole["tokens"]["full"] * whole["flops"]["full"]
+    assert scoring > 0
+
+    still = call("sweep", "--data", digits, *QUICK, *flags[:2], "--out", tmp_path / "still")
+    assert still.exit_code == 0, still.output
+    assert "without one" in rows(tmp_path / "still")["free_video_llm"]["reason"]

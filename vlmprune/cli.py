@@ -467,8 +467,7 @@ def _clips(
     from vlmprune.pruners import FreeVideoLLM
 
     chooser = FreeVideoLLM(keep=1.0 if keep is None else parse_keep(keep), roi=1.0 if roi is None else roi)
-    name, _, weights = (model or "").partition(":") if model and not Path(model).is_dir() else (model, "", "")
-    scorer = ClipScorer(name, weights or None)
+    scorer = ClipScorer.named(model)
     return [chooser.frames(clip, question, scorer) for clip in clips]
 
 

@@ -53,6 +53,14 @@ class ClipScorer:
         self.batch_size, self.post_norm, self.device = batch_size, post_norm, torch.device(device)
         self._towers: _OpenClip | _Transformers = _load(model, pretrained, self.device)
 
+    @classmethod
+    def named(cls, name: str | None, **options: Any) -> ClipScorer:
+        """From one text, as on the command line: "ViT-L-14:openai", else as `model`."""
+        if name is None or name.startswith(("hf-hub:", "local-dir:")) or Path(name).is_dir():
+            return cls(name, **options)
+        model, _, weights = name.partition(":")
+        return cls(model, weights or None, **options)
+
     def text(self, text: str | Sequence[str]) -> Tensor:
         """Unit rows of texts, cut where the model's context ends.
 

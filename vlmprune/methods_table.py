@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vlmprune.contract import Pruner
+    from vlmprune.pruners._before_tower import FrameSelector
 
 DATA = Path(__file__).parent / "methods.json"
 BEGIN, END = "<!-- methods: made by python -m vlmprune.methods_table -->", "<!-- end of methods -->"
@@ -58,7 +59,7 @@ class Method:
     settings: tuple[str, ...]
 
     @classmethod
-    def of(cls, pruner: type[Pruner], families: dict[str, Any]) -> Method:
+    def of(cls, pruner: type[Pruner] | type[FrameSelector], families: dict[str, Any]) -> Method:
         about = " ".join((pruner.__doc__ or "").split("\n\n")[0].split())
         fields = tuple(
             f"{item.name}={'...' if item.default is dataclasses.MISSING else item.default}"
@@ -70,7 +71,7 @@ class Method:
             pruner.stage,
             pruner.query_aware,
             pruner.trained,
-            _but(families, pruner.name),
+            tuple(families["families"]) if pruner.stage == "frames" else _but(families, pruner.name),
             pruner.paper,
             about,
             fields,
@@ -97,10 +98,11 @@ def _data() -> dict[str, Any]:
 
 
 def methods() -> list[Method]:
-    """Every registered method, by name."""
-    from vlmprune.registry import pruner_classes
+    """Every registered method and every frame selector, by name."""
+    from vlmprune.registry import frame_selectors, pruner_classes
 
-    return [Method.of(cls, _data()) for cls in pruner_classes().values()]
+    classes: dict[str, Any] = {**pruner_classes(), **frame_selectors()}
+    return [Method.of(classes[name], _data()) for name in sorted(classes)]
 
 
 def wrappers() -> list[Method]:

@@ -6,9 +6,12 @@ import dataclasses
 import difflib
 import warnings
 from importlib import metadata
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vlmprune.contract import Pruner
+
+if TYPE_CHECKING:
+    from vlmprune.pruners._before_tower import FrameSelector
 
 ENTRY_POINT_GROUP = "vlmprune.pruners"
 
@@ -54,6 +57,26 @@ def list_pruners() -> list[str]:
     return list(pruner_classes())
 
 
+def frame_selectors() -> dict[str, type[FrameSelector]]:
+    """The methods that choose frames before the model sees any, by name. No session takes them: see `FrameSelector`."""
+    import vlmprune.pruners
+    from vlmprune.pruners._before_tower import FrameSelector
+
+    public = (getattr(vlmprune.pruners, name) for name in vlmprune.pruners.__all__)
+    return {cls.name: cls for cls in public if issubclass(cls, FrameSelector)}
+
+
+def create_frame_selector(name: str, **fields: Any) -> FrameSelector:
+    """Build a frame selector from its name and hyper-parameters.
+
+    Raises:
+        ValueError: unknown field, or a bad value.
+    """
+    cls = frame_selectors()[name]
+    _check_fields(name, cls, fields)
+    return cls(**fields)
+
+
 def create_pruner(name: str, **fields: Any) -> Pruner:
     """Build a pruner from its name and hyper-parameters.
 
@@ -64,12 +87,21 @@ def create_pruner(name: str, **fields: Any) -> Pruner:
 
     # Looking through the installed packages takes a while: only for what is not known yet.
     classes = _registered if name in _registered else pruner_classes()
+    if name in frame_selectors():
+        raise ValueError(
+            f"{name!r} chooses frames before the model sees any: call its frames(clip, question, scorer), "
+            "use --frame-keep of `vlmprune ask`, or name it in a sweep."
+        )
     if name not in classes:
         near = difflib.get_close_matches(str(name).lower(), classes, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known are {', '.join(classes)}."
         raise ValueError(f"unknown pruner {name!r}: {hint}")
-    known = [field.name for field in dataclasses.fields(classes[name]) if field.init]
+    _check_fields(name, classes[name], fields)
+    return classes[name](**fields)
+
+
+def _check_fields(name: str, cls: Any, fields: dict[str, Any]) -> None:
+    known = [field.name for field in dataclasses.fields(cls) if field.init]
     for key in fields:
         if key not in known:
             raise ValueError(f"pruner {name!r} has no field {key!r}: it takes {', '.join(known)}.")
-    return classes[name](**fields)

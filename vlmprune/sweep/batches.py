@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 CACHE_BYTES = 2 << 30
 Pictures: TypeAlias = "tuple[list[Image.Image], list[Clip]]"
+Choose: TypeAlias = "Callable[[Clip, str], Clip]"
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,12 @@ class Batches:
             self._made[number] = batch
         return batch
 
-    def make(self, places: Sequence[int], number: int = -1) -> Batch:
-        """A batch of any samples; those that cannot be read or encoded are left out."""
+    def make(self, places: Sequence[int], number: int = -1, choose: Choose | None = None) -> Batch:
+        """A batch of any samples; those that cannot be read or encoded are left out.
+
+        Args:
+            choose: makes of a clip and the question what the model is to see.
+        """
         good: list[int] = []
         pictures: list[Pictures] = []
         bad: list[tuple[int, str]] = []
@@ -79,7 +84,10 @@ class Batches:
             sample = self._all[place]
             try:
                 images = [load() for load in sample.images]
-                pictures.append((images, [sample.video()] if sample.video else []))
+                clips = [sample.video()] if sample.video else []
+                if choose is not None:
+                    clips = [choose(clip, sample.question) for clip in clips]
+                pictures.append((images, clips))
                 good.append(place)
             except (ValueError, OSError) as error:
                 bad.append((place, f"sample '{sample.id}': {_line(error)}"))
@@ -92,12 +100,12 @@ class Batches:
                     bad.append((good[0], f"sample '{self._all[good[0]].id}': {_line(error)}"))
                     good, pictures = [], []
                 else:
-                    alone = [self.make([place]) for place in good]
+                    alone = [self.make([place], choose=choose) for place in good]
                     bad += [entry for batch in alone for entry in batch.bad]
                     left = [place for batch in alone for place in batch.samples]
                     if len(left) == len(good):
                         raise ValueError(f"samples that can be read alone cannot be batched: {_line(error)}") from error
-                    again = self.make(left, number)
+                    again = self.make(left, number, choose)
                     return Batch(number, again.samples, again.inputs, again.pictures, (*bad, *again.bad))
         shown = tuple((*images, *(frame for clip in clips for frame in clip.images)) for images, clips in pictures)
         return Batch(number, tuple(good), inputs if inputs is not None else BatchFeature(), shown, tuple(bad))

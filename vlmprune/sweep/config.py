@@ -215,16 +215,19 @@ def _level(model: type[BaseModel], loc: tuple[int | str, ...]) -> type[BaseModel
 
 def _complete(methods: list[MethodConfig]) -> list[MethodConfig]:
     """`methods` checked against the registry, "all" spelt out, the baselines first."""
-    from vlmprune.registry import create_pruner, list_pruners
+    from vlmprune.registry import create_frame_selector, create_pruner, frame_selectors, list_pruners
 
     listed = [method for method in methods if method.name != "all"]
     everything = len(listed) < len(methods)
     for method in listed:
         for key in SWEPT.keys() & method.settings:
             raise ValueError(f"method '{method.name}': {key} is set for all methods, by '{SWEPT[key]}'.")
-        create_pruner(method.name, **method.settings)
+        if method.name in frame_selectors():
+            create_frame_selector(method.name, **{key: own for key, own in method.settings.items() if key != "clip"})
+        else:
+            create_pruner(method.name, **method.settings)
     named = {method.name for method in listed}
-    names = [*BASELINES, *(list_pruners() if everything else ())]
+    names = [*BASELINES, *([*list_pruners(), *frame_selectors()] if everything else ())]
     added = [MethodConfig(name=name) for name in dict.fromkeys(names) if name not in named]
     order = {name: place for place, name in enumerate(BASELINES)}
     return sorted([*added, *listed], key=lambda method: order.get(method.name, len(order)))

@@ -19,6 +19,7 @@ from vlmprune.report import ItemReport, PruneReport
 from vlmprune.session import prune
 from vlmprune.sweep.batches import Batch, Batches
 from vlmprune.sweep.data import Sample
+from vlmprune.sweep.frames import FrameChoice
 from vlmprune.sweep.metrics import Metric
 from vlmprune.sweep.plan import UNPRUNED, Setting
 
@@ -44,6 +45,7 @@ class Evaluator:
     examples: frozenset[int] = frozenset()
     pictures: Path | None = None
     _unpruned_logits: dict[int, Any] = field(default_factory=dict)
+    _choice: FrameChoice | None = None
 
     def __call__(self, setting: Setting, number: int) -> dict[str, Any]:
         """The record of batch `number`; samples that cannot be answered are told apart, with the reason."""
@@ -59,7 +61,7 @@ class Evaluator:
         }
         places = self.batches.groups[number]
         try:
-            batch = self.batches[number]
+            batch = self._batch(setting, places, number)
             record["bad"] = [[place, why] for place, why in batch.bad]
             places = batch.samples
             if not places:
@@ -78,7 +80,7 @@ class Evaluator:
     ) -> None:
         if error is None:
             try:
-                batch = self.batches.make([place])
+                batch = self._batch(setting, [place])
                 if batch.samples:
                     self._answer(setting, batch, number, record)
                 record["bad"] += [[place, why] for place, why in batch.bad]
@@ -87,6 +89,14 @@ class Evaluator:
                 error = alone
         why = " ".join(str(error).split()) or type(error).__name__
         record["failed"].append([place, type(error).__name__, why])
+
+    def _batch(self, setting: Setting, places: Sequence[int], number: int = -1) -> Batch:
+        if setting.selector is None:
+            return self.batches.make(places) if number < 0 else self.batches[number]
+        if self._choice is None or self._choice.setting != setting:
+            self._choice = FrameChoice(setting, self.chat.model.device, self._choice)
+        self._choice.flops, self._choice.changed = 0, False
+        return self.batches.make(places, number, self._choice.counted)
 
     def _answer(self, setting: Setting, batch: Batch, number: int, record: dict[str, Any]) -> None:
         chat = self.chat
@@ -100,20 +110,27 @@ class Evaluator:
             for place, reply in zip(batch.samples, replies)
         ]
         for row, place in enumerate(batch.samples):
-            if place in self.examples:
+            # Frames chosen beforehand are no part of the pictures that the report draws on.
+            if place in self.examples and setting.selector is None:
                 items = [item for item in report.items if item.sample == row]
                 record["kept"].append([place, [grid for item in items for grid in kept_grids(item)]])
                 if setting.method == UNPRUNED and self.pictures is not None:
                     self._save_pictures(batch, row, place, items)
         _add(record["sums"], report)
-        record["changed"].append(report.changed)
+        changed = report.changed
+        if setting.selector is not None:
+            assert self._choice is not None
+            record["sums"]["flops_pruned"] += self._choice.flops
+            changed = self._choice.changed
+        record["changed"].append(changed)
         record["samples"] += scored
 
     def _logit_difference(self, setting: Setting, batch: Batch) -> float:
         """Largest absolute change of the first new token's logits over the batch."""
         inputs = placed(self.chat, batch.inputs)
         if batch.number not in self._unpruned_logits:
-            self._unpruned_logits = {batch.number: _first_logits(self.chat.model, inputs)}
+            whole = placed(self.chat, self.batches[batch.number].inputs)
+            self._unpruned_logits = {batch.number: _first_logits(self.chat.model, whole)}
         with prune(self.chat.model, setting.pruner(batch.number)):
             logits = _first_logits(self.chat.model, inputs)
         difference = float((logits - self._unpruned_logits[batch.number]).abs().max())

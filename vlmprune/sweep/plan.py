@@ -7,12 +7,15 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlmprune.ask import parse_keep
 from vlmprune.contract import Keep, Pruner
-from vlmprune.registry import create_pruner, pruner_classes
+from vlmprune.registry import create_frame_selector, create_pruner, frame_selectors, pruner_classes
 from vlmprune.sweep.config import MethodConfig, SweepConfig
+
+if TYPE_CHECKING:
+    from vlmprune.pruners._before_tower import FrameSelector
 
 UNPRUNED = "unpruned"
 
@@ -45,13 +48,25 @@ class Setting:
         inner = ", ".join(f"{key}={value}" for key, value in self.settings.items())
         return f"{self.method} ({inner})" if inner else self.method
 
+    @property
+    def selector(self) -> FrameSelector | None:
+        """What chooses frames before the model sees any, if that is the method; `clip` names its scorer.
+
+        Raises:
+            ValueError: the method does not take this keep.
+        """
+        if self.method not in frame_selectors():
+            return None
+        own = {key: value for key, value in self.settings.items() if key != "clip"}
+        return create_frame_selector(self.method, keep=self.keep, **own)
+
     def pruner(self, batch: int = 0) -> Pruner:
         """The method as batch number `batch` gets it: one with a seed draws anew for every batch.
 
         Raises:
             ValueError: the method does not take this keep.
         """
-        if self.method == UNPRUNED:
+        if self.method == UNPRUNED or self.selector:
             return create_pruner("uniform", keep=1.0)
         seed = {} if self.seed is None else {"seed": self.seed * 1_000_003 + batch}
         return create_pruner(self.method, keep=self.keep, positions=self.positions, **self.settings, **seed)
@@ -68,6 +83,8 @@ def settings_of(config: SweepConfig) -> list[Setting]:
 
 
 def _rows(model: str, method: MethodConfig, config: SweepConfig) -> list[Setting]:
+    if method.name in frame_selectors():
+        return [Setting(model, method.name, method.settings, _keep(keep), "original", None) for keep in config.keeps]
     fields = {field.name: field for field in dataclasses.fields(pruner_classes()[method.name])}
     own = str(fields["positions"].default)
     seeds = config.seeds if "seed" in fields else [None]

@@ -175,6 +175,8 @@ class _Run:
 
     def _row(self, setting: Setting, chat: Chat) -> None:
         try:
+            if setting.selector is not None and not any(sample.video for sample in self.data.samples):
+                raise ValueError(f"{setting.method} chooses frames of a video, and these questions come without one")
             prune(chat.model, setting.pruner()).close()
         except ValueError as error:
             self.watch.advance(len(self._evaluate.batches))
@@ -236,7 +238,15 @@ class _Run:
         sums = _total(record["sums"] for record in records)
         asked = sums["questions"]
         layers = [tokens / asked for tokens in sums["tokens"]]
-        before = sums["tokens_before"] / asked
+        full = {name: sums[name] / asked for name in ("tokens_before", "flops_full", "kv_bytes_full")}
+        if setting.selector is not None and (reference := self._unpruned(setting)):
+            # The model was shown less than there was.
+            full = {
+                "tokens_before": reference["tokens"]["full"],
+                "flops_full": reference["flops"]["full"],
+                "kv_bytes_full": reference["kv_bytes"]["full"],
+            }
+        before = full["tokens_before"]
         return {
             "metric": self.config.metric,
             "questions": total,
@@ -252,18 +262,24 @@ class _Run:
                 "average": sum(layers) / len(layers),
                 "average_keep": sum(layers) / len(layers) / before if before else 1.0,
             },
-            "flops": _pair(sums["flops_full"] / asked, sums["flops_pruned"] / asked),
-            "kv_bytes": _pair(sums["kv_bytes_full"] / asked, sums["kv_bytes_pruned"] / asked),
+            "flops": _pair(full["flops_full"], sums["flops_pruned"] / asked),
+            "kv_bytes": _pair(full["kv_bytes_full"], sums["kv_bytes_pruned"] / asked),
             "changed": any(flag for record in records for flag in record["changed"]),
             "logit_difference": next((r["logit_difference"] for r in records if r["batch"] == 0), None),
         }
+
+    def _unpruned(self, setting: Setting) -> dict[str, Any] | None:
+        """The finished row of the same model without pruning."""
+        row = self.rows.get(Setting(setting.model, UNPRUNED, {}, 1.0, "original", None).id)
+        return row if row is not None and row["status"] == "ok" else None
 
     def _against_unpruned(self, setting: Setting, scores: dict[int, float]) -> dict[str, Any] | None:
         """Paired with the unpruned run on the questions that both answered."""
         if setting.method == UNPRUNED:
             return None
-        path = predictions_path(self.out, Setting(setting.model, UNPRUNED, {}, 1.0, "original", None).id)
-        if not path.exists():
+        row = self._unpruned(setting)
+        path = None if row is None else predictions_path(self.out, row["id"])
+        if path is None or not path.exists():
             return None
         reference = {entry["place"]: entry["score"] for entry in store.read_lines(path) if "score" in entry}
         common = [place for place in scores if place in reference]
