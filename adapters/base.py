@@ -17,11 +17,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from vlmprune.adapters.tower import FROM_PROJECTOR, NEEDS_CLS, SIGNALS, Tower
 from vlmprune.contract import Geometry, Item, Pruner
 
+FFN_SIGNALS = frozenset({"activation_overlap", "core_overlap"})
 DECODER_SIGNALS = frozenset(
     {
         *("instruction", "instruction_mask", "prompt_features", "text_features", "text_mask"),
         *("last_attention", "next_last_attention", "text_attention", "next_text_attention"),
-        *("visual_attention", "next_visual_attention", "next_keys", "transition", "activation_overlap"),
+        *("all_attention", "visual_attention", "next_visual_attention", "next_inner_attention"),
+        *("next_keys", "next_plain_keys", "transition", "transition_strict", *FFN_SIGNALS),
         *("cache_keys", "cache_attention", "cache_alive"),
     }
 )
@@ -77,7 +79,7 @@ class Adapter(ABC):
         """What pruners may ask for besides `features`: names of `vlmprune.contract.SIGNALS`."""
         encoder = SIGNALS - (frozenset() if self.tower.prefix else NEEDS_CLS)
         dense = all(hasattr(layer.mlp, "down_proj") for layer in self.decoder_layers)
-        return encoder | DECODER_SIGNALS - (frozenset() if dense else {"activation_overlap"})
+        return encoder | DECODER_SIGNALS - (frozenset() if dense else FFN_SIGNALS)
 
     def project(self, rows: Tensor) -> Tensor:
         """The projector, from rows as it takes them [..., C] to rows of the language model [..., D]."""

@@ -13,7 +13,9 @@ from vlmprune.kernels import attention_scores
 
 # What each signal reads: the projector's input, or an attention module (of the features' layer, of the last).
 FROM_PROJECTOR = frozenset({"encoder_features", "projector_inputs"})
-FROM_FEATURES_LAYER = frozenset({"cls_attention", "received_attention", "encoder_keys", "cls_keys"})
+FROM_FEATURES_LAYER = frozenset(
+    {"cls_attention", "received_attention", "received_logits", "given_logits", "encoder_keys", "cls_keys"}
+)
 FROM_LAST_LAYER = frozenset({"cls_attention_last", "cls_logits_last", "received_attention_last"})
 SIGNALS = FROM_PROJECTOR | FROM_FEATURES_LAYER | FROM_LAST_LAYER | {"cls_features"}
 NEEDS_CLS = frozenset({"cls_features", "cls_attention", "cls_attention_last", "cls_logits_last", "cls_keys"})
@@ -108,7 +110,9 @@ class Tower:
         if signal in ("encoder_keys", "cls_keys"):
             return self.keys(attention, hidden, signal == "cls_keys", into)
         q, k, mask = self.queries_and_keys(attention, hidden, kwargs)
-        if signal.startswith("received"):
+        if signal in ("received_logits", "given_logits"):
+            scores = self._mean_logits(q, k, mask, signal == "given_logits")
+        elif signal.startswith("received"):
             received = attention_scores(q[:, :, self.prefix :], k, mask=mask, query_mask=mask)
             count = k.shape[2] - self.prefix if mask is None else mask.sum(1, keepdim=True)
             scores = received / count
@@ -120,6 +124,20 @@ class Tower:
         if into is not None:
             scores = scores.gather(1, into)
         return self.flat(scores[:, self.prefix :], mask)
+
+    def _mean_logits(self, q: Tensor, k: Tensor, mask: Tensor | None, given: bool) -> Tensor:
+        """fp32 [groups, S]: logits of patches for each row, mean over patches and heads; `given`: its own for patches.
+
+        A mean of products with one side fixed is the product with the mean: no map is needed.
+        """
+        own, others = (q, k) if given else (k, q)
+        own, others = own.float(), others[:, :, self.prefix :].float()
+        if mask is None:
+            mean = others.mean(2, keepdim=True)
+        else:
+            real = mask[:, None, :, None]
+            mean = (others * real).sum(2, keepdim=True) / real.sum(2, keepdim=True)
+        return (own * mean).sum(-1).mean(1) * q.shape[-1] ** -0.5
 
     def queries_and_keys(
         self, attention: Any, hidden: Tensor, kwargs: dict[str, Any]

@@ -75,13 +75,13 @@ class PrunerCase:
 PRUNERS = {
     case.name: case
     for case in (
-        PrunerCase("divprune"),
-        PrunerCase("fastv", ({"keep": 0.5, "layer": 1}, {"keep": 20, "layer": 1})),
+        PrunerCase("divprune", ({"keep": 0.3}, {"keep": 4, "features": "encoder"})),
+        PrunerCase("fastv", ({"keep": 0.5, "layer": 1}, {"keep": 20, "layer": 1, "query": "all"})),
         PrunerCase("pool"),
         PrunerCase("random", ({"keep": 0.3, "seed": 3}, {"keep": 4})),
         PrunerCase("uniform"),
         PrunerCase("pyramiddrop", ({"keep": 0.5}, {"keep": 0.7})),
-        PrunerCase("transprune", ({"keep": 0.5}, {"keep": 0.7, "alpha": 1.0})),
+        PrunerCase("transprune", ({"keep": 0.5}, {"keep": 0.7, "alpha": 0.9, "formula": "paper"})),
         PrunerCase("mmtok"),
         PrunerCase("cdpruner", ({"keep": 0.3}, {"keep": 4, "theta": 0.5})),
         # The second stage keeps all, then none.
@@ -95,9 +95,9 @@ PRUNERS = {
         PrunerCase("tome", ({"keep": 0.3}, {"keep": 4, "where": "boundary"})),
         PrunerCase("pitome", ({"keep": 0.3}, {"keep": 4, "where": "boundary"})),
         PrunerCase("visionzip", ({"keep": 0.3}, {"keep": 4, "query": "all", "merge": "average", "keep_cls": False})),
-        PrunerCase("visiondrop"),
+        PrunerCase("visiondrop", ({"keep": 0.3}, {"keep": 4, "renormalise": True, "rotated": False})),
         PrunerCase("globalcom2", ({"keep": 0.3}, {"keep": 4, "exact_budget": False})),
-        PrunerCase("fopru", ({"keep": 0.3}, {"keep": 0.5, "mode": "row"})),
+        PrunerCase("fopru", ({"keep": 0.3}, {"keep": 0.5, "mode": "row", "score": "logits"})),
         # Counts that only the scores tell.
         PrunerCase("atp", tuple({"keep": keep, "weights": random_weights.atp()} for keep in (0.5, 20))),
         PrunerCase("atp-calibrated", ({"keep": 0.5}, {"keep": 0.6, "thresholds": (0.3, 0.5), "grid": False})),
@@ -108,7 +108,7 @@ PRUNERS = {
             "mustdrop", ({"keep": 0.5, "output_aware_cache": False}, {"level": 200.0, "output_aware_cache": False})
         ),
         PrunerCase("yopo", ({"keep": 0.5}, {"keep": 0.3})),
-        PrunerCase("corematching", ({"keep": 0.5}, {"elbow": True})),
+        PrunerCase("corematching", ({"keep": 0.5}, {"elbow": True, "match": "core"})),
         PrunerCase("gsearch", ({"keep": 0.5}, {"query": "last"}), searched),
         PrunerCase("psigmoid", ({"keep": 0.5, "start": 1}, {"keep": 0.8})),
         # They compare frames; what every fourth frame alone would exceed, DyCoke refuses.

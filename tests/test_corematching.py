@@ -86,6 +86,10 @@ def test_budgets_and_items_apart() -> None:
     tokens = tokens_of(rows(5, 4), rows(3, 4), layer=1, activation_overlap=overlap)
     assert picks(pruner.select(tokens, torch.tensor([3, 1]))) == [[0, 1, 2], [2]]
     assert picks(vlmprune.CoreMatching(elbow=True).select(tokens, torch.tensor([5, 3]))) == [[1, 2], [2]]
+    core = tokens_of(rows(5, 4), layer=1, core_overlap=[torch.tensor([1.0, 5.0, 2.0, 4.0, 3.0])])
+    assert picks(vlmprune.CoreMatching(match="core").select(core, torch.tensor([2]))) == [[1, 3]]
+    with pytest.raises(ValueError, match=r'match is "word" or "core"'):
+        vlmprune.CoreMatching(match="all")
 
 
 @pytest.mark.parametrize("name", ["llava-clip-llama", "qwen2.5-vl"])

@@ -51,7 +51,25 @@ def test_keeps_what_the_full_attention_map_says(family, use_cache: bool) -> None
             assert best.sort().values.tolist() == kept
 
 
+@pytest.mark.parametrize("name", ["llava-clip-llama", "qwen2.5-vl"])
+def test_all_rows_as_in_the_papers_text(name: str) -> None:
+    """query="all": the mean, over the tokens that can see it, of the column of the full map."""
+    family = FAMILIES[name]
+    model, inputs = model_of(family, "eager"), family.inputs(BATCHES["one"])
+    with torch.no_grad():
+        maps = model(**inputs, output_attentions=True, use_cache=False).attentions[0].mean(1)[0]
+        with vlmprune.prune(model, "fastv", keep=0.5, layer=1, query="all") as session:
+            model(**inputs)
+    (item,) = session.last.items
+    received = torch.stack([maps[j:, j].mean() for j in range(len(maps))])
+    best = received[item.start : item.start + item.tokens_before].sort(descending=True, stable=True).indices
+    kept = item.stages[0].kept
+    assert best[: len(kept)].sort().values.tolist() == kept.tolist()
+
+
 def test_bad_layer() -> None:
+    with pytest.raises(ValueError, match='query must be "last" or "all"'):
+        vlmprune.FastV(query="some")
     for layer in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match="layer must be an int"):
             vlmprune.create_pruner("fastv", layer=layer)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlmprune.contract import Geometry, VisualTokens
-from vlmprune.pruners.fopru import FoPru, significance
+from vlmprune.pruners.fopru import FoPru, more_varied, significance
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("fopru_*.npz"))
 
@@ -58,6 +58,23 @@ def test_significance() -> None:
     torch.testing.assert_close(significance(logits[[2, 0, 1]]), significance(logits))
     given_more = torch.randn(5, 1).expand(3, 5, 5).contiguous() + 0.01 * logits
     torch.testing.assert_close(significance(given_more), given_more.mean((0, 2)))
+
+
+def test_logits_choose_the_more_varied_mean_picture_by_picture() -> None:
+    generator = torch.Generator().manual_seed(3)
+    received, given = torch.randn(2, 9, generator=generator), torch.randn(2, 9, generator=generator)
+    received[0] *= 3
+    given[1] *= 3
+    received[1, 6:], given[1, 6:] = 100.0, 0.0  # padding, which has no say
+    tokens = tokens_of([Geometry.grid(3, 3), Geometry.grid(2, 3)], received)
+    tables = {"received_logits": received, "given_logits": given}
+    tokens.signal = tables.__getitem__
+    index = FoPru(keep=0.5, score="logits").select(tokens, torch.tensor([4, 3])).index
+    assert sorted(index[0].tolist()) == sorted(received[0].topk(4).indices.tolist())
+    assert sorted(index[1, :3].tolist()) == sorted(given[1, :6].topk(3).indices.tolist())
+    assert torch.equal(more_varied(given, given), given)
+    logits = torch.randn(4, 7, 7, generator=generator)
+    torch.testing.assert_close(significance(logits), more_varied(logits.mean((0, 1)), logits.mean((0, 2))))
     flat = torch.ones(2, 4, 4)
     assert significance(torch.stack([flat, flat])).shape == (2, 4)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -14,8 +15,11 @@ from test_laws import model_of
 
 import vlmprune
 from vlmprune.adapters import adapter_for
+from vlmprune.contract import CORE
 
 STAGES = (0, 1, 2)
+TRANSITIONS, OVERLAPS = {"transition", "transition_strict"}, {"activation_overlap", "core_overlap"}
+LATER = {"last_attention", "text_attention", "visual_attention", "all_attention", *TRANSITIONS, *OVERLAPS}
 
 
 @dataclass(kw_only=True)
@@ -45,8 +49,7 @@ class Probe(vlmprune.Pruner):
     def select(self, tokens: vlmprune.VisualTokens, budget: torch.Tensor) -> vlmprune.Selection:
         signals = {}
         for name in self.wanted:
-            later = ("last_attention", "text_attention", "visual_attention", "transition", "activation_overlap")
-            if tokens.layer or name not in later:
+            if tokens.layer or name not in LATER:
                 signals[name] = tokens.signal(name)
         self.seen[tokens.layer] = (tokens, signals, tokens.project)
         index = torch.arange(tokens.features.shape[1]).expand(len(tokens.counts), -1)
@@ -105,10 +108,20 @@ DECODER = ("last_attention", "text_attention", "visual_attention")
 def test_attention_of_decoder_layers(family: FamilyCase) -> None:
     """Rows and sums equal the weights of eager attention, in batches with padding, images, videos."""
     prompts = BATCHES["mixed" if family.video_tokens else "unequal"]
-    wanted = [*DECODER, *(f"next_{name}" for name in DECODER), "next_keys", "text_mask"]
+    more = ["all_attention", "next_inner_attention", "next_keys", "next_plain_keys", "text_mask"]
+    wanted = [*DECODER, *(f"next_{name}" for name in DECODER), *more]
     model, inputs, pruner, report = probe(family, wanted, prompts)
-    weights = record(model, None, inputs)
     layers = adapter_for(model).decoder_layers
+    keys: dict[Any, torch.Tensor] = {}
+    hooks = [
+        getattr(layer.self_attn, "k_norm", layer.self_attn.k_proj).register_forward_hook(
+            lambda module, args, output, layer=layer: keys.update({layer.self_attn: output})
+        )
+        for layer in layers
+    ]
+    weights = record(model, None, inputs)
+    for hook in hooks:
+        hook.remove()
     real = inputs["attention_mask"].bool()
     visual = [torch.zeros(real.shape[1], dtype=torch.bool) for _ in real]
     for item in report.items:
@@ -134,6 +147,17 @@ def test_attention_of_decoder_layers(family: FamilyCase) -> None:
                 assert signals["text_mask"][number].sum() == len(wanted_rows)
                 close(signals[prefix + "text_attention"][number, : len(wanted_rows), :count], wanted_rows)
                 close(signals[prefix + "visual_attention"][number, :count], rows[columns][:, columns].sum(0))
+                if prefix:
+                    heads = weights[layers[layer].self_attn][0][item.sample].float()[:, columns][:, :, columns]
+                    inner = (heads / heads.sum(-1, keepdim=True)).mean(0).sum(0)
+                    close(signals["next_inner_attention"][number, :count], inner)
+                    plain = keys[layers[layer].self_attn][item.sample, columns].float()
+                    plain = plain.view(count, -1, layers[layer].self_attn.head_dim).mean(1)
+                    close(signals["next_plain_keys"][number, :count], plain)
+                else:
+                    shown = real[item.sample]
+                    seen_by = shown.flip(0).cumsum(0).flip(0)
+                    close(signals["all_attention"][number, :count], (rows[shown].sum(0) / seen_by)[columns])
 
 
 @every_family
@@ -185,7 +209,7 @@ def test_attention_of_the_tower(family: FamilyCase) -> None:
     adapter = adapter_for(model)
     tower = adapter.tower
     wanted = {"cls_attention", "cls_attention_last", "received_attention", "received_attention_last", "encoder_keys"}
-    wanted &= adapter.signals
+    wanted = (wanted | {"received_logits", "given_logits"}) & adapter.signals
     assert ("cls_attention" in wanted) == bool(tower.prefix)
     _, inputs, pruner, _ = probe(family, wanted, BATCHES["three"], stages=(0,))
     tokens, signals, _ = pruner.seen[0]
@@ -220,7 +244,7 @@ def test_transition_and_overlap(family: FamilyCase) -> None:
     """TTV and FFN overlap from what the blocks took and gave."""
     model = model_of(family, "eager")
     adapter = adapter_for(model)
-    wanted = {"transition", "activation_overlap"} & adapter.signals
+    wanted = (TRANSITIONS | OVERLAPS) & adapter.signals
     model.generation_config.eos_token_id = [95]
     _, inputs, pruner, report = probe(family, wanted, BATCHES["unequal"])
     model.generation_config.eos_token_id = None
@@ -245,13 +269,17 @@ def test_transition_and_overlap(family: FamilyCase) -> None:
     for stage in pruner.stages[1:]:
         _, signals, _ = pruner.seen[stage]
         for number, item in enumerate(report.items):
-            columns, total = columns_of(item), torch.zeros(real.shape[1])
+            columns, total, strict = columns_of(item), torch.zeros(real.shape[1]), 0.0
             for block in blocks[: 2 * stage]:
                 x, y = (part[item.sample][real[item.sample]].float() for part in taken[block])
                 cosine = (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1))
                 weight = (1 - cosine).exp()
                 total[real[item.sample]] += y.norm(dim=-1) / x.norm(dim=-1) * weight / weight.sum()
+                x, y = (part[item.sample][columns].float() for part in taken[block])
+                turn = 1 - torch.cosine_similarity(x, y, dim=-1).abs()
+                strict = strict + y.norm(dim=-1) / x.norm(dim=-1) * turn.softmax(0)
             close(signals["transition"][number, : len(columns)], total[columns])
+            close(signals["transition_strict"][number, : len(columns)], strict)
             if "activation_overlap" in wanted:
                 active = taken[layers[stage - 1].mlp.down_proj][0][item.sample] > 0
                 others = [columns_of(other) for other in report.items if other.sample == item.sample]
@@ -260,6 +288,59 @@ def test_transition_and_overlap(family: FamilyCase) -> None:
                 last = int(text.nonzero()[-1])
                 together = (active & active[last]).sum(-1)
                 close(signals["activation_overlap"][number, : len(columns)], together[columns])
+                core = core_by_definition(taken[layers[stage - 1].mlp.down_proj][0][item.sample][real[item.sample]])
+                close(signals["core_overlap"][number, : len(columns)], active[columns][:, core].sum(-1))
+
+
+def core_by_definition(activations: torch.Tensor) -> list[int]:
+    """CoreMatching's core neurons of a prompt [S, F], counted one by one."""
+    often = [0] * activations.shape[1]
+    for row in activations.tolist():
+        positive = sorted((value, number) for number, value in enumerate(row) if value > 0)[::-1]
+        for _, number in positive[: math.ceil(CORE * len(positive))]:
+            often[number] += 1
+    ranked = sorted(range(len(often)), key=lambda number: (-often[number], number))
+    return ranked[: math.ceil(CORE * len(often))]
+
+
+@every_family
+def test_mean_logits_of_the_tower(family: FamilyCase) -> None:
+    """Column and row means of the logits between patches, from the whole map of queries and keys."""
+    model, wanted = model_of(family, "eager"), {"received_logits", "given_logits"}
+    tower, inputs = adapter_for(model).tower, family.inputs(BATCHES["three"])
+    pruner = Probe(wanted=frozenset(wanted), stages=(0,))
+    made: list[Any] = []
+    plain = tower.queries_and_keys
+
+    def spy(*args: Any) -> Any:
+        made.append(plain(*args))
+        return made[-1]
+
+    with torch.no_grad(), vlmprune.prune(model, pruner) as session:
+        session.adapter.tower.queries_and_keys = spy
+        try:
+            model(**inputs)
+        finally:
+            del session.adapter.tower.queries_and_keys
+    tokens, signals, _ = pruner.seen[0]
+    q, k, mask = made[0]
+    logits = (q.float() @ k.float().mT).mean(1)[:, tower.prefix :, tower.prefix :] * q.shape[-1] ** -0.5
+    real = torch.ones(logits.shape[:2], dtype=torch.bool) if mask is None else mask
+    count = real.sum(1, keepdim=True)
+    tables = {
+        "received_logits": ((logits * real[..., None]).sum(1) / count)[real],
+        "given_logits": ((logits * real[:, None]).sum(2) / count)[real],
+    }
+    if hasattr(tower, "merge"):
+        left = {"grid": inputs["image_grid_thw"]}
+        tables = {
+            name: tower._restored(table.view(-1, tower.merge**2), left).flatten() for name, table in tables.items()
+        }
+    before = 0
+    for number, (size, geometry) in enumerate(zip(tokens.counts, tokens.geometry)):
+        for name, table in tables.items():
+            close(signals[name][number, :size], averaged(table, geometry, before))
+        before += sum(rows * cols for rows, cols in geometry.pictures)
 
 
 def test_instruction_is_the_last_turn_of_the_user() -> None:

@@ -37,10 +37,12 @@ def test_golden_transition(path: Path) -> None:
     torch.testing.assert_close(attention + mlp, data["ttv"], atol=1e-7, rtol=1e-4)
     # What the runtime sums on its way through the layers is the same.
     shown = torch.ones(attention.shape, dtype=torch.bool)
-    runtime: Any = SimpleNamespace(course=SimpleNamespace(host_shown=lambda: shown), _changes=None)
+    runtime: Any = Signals.__new__(Signals)
+    runtime.course, runtime._changes = SimpleNamespace(host_shown=lambda: shown), {}
+    runtime.wanted = frozenset({"transition"})
     for block in ("attn", "ffn"):
         Signals._after_block(runtime, torch.nn.Identity(), (data[f"{block}_in"],), {}, data[f"{block}_out"])
-    torch.testing.assert_close(runtime._changes, data["ttv"], atol=1e-7, rtol=1e-4)
+    torch.testing.assert_close(runtime._changes["transition"], data["ttv"], atol=1e-7, rtol=1e-4)
 
 
 @pytest.mark.parametrize("path", sorted(GOLDEN.glob("transprune_rank_*.npz")), ids=lambda path: path.stem)
@@ -117,6 +119,22 @@ def test_layers_and_presets() -> None:
         vlmprune.TransPrune.preset("medium")
     with pytest.raises(ValueError, match="alpha must be between"):
         vlmprune.TransPrune(alpha=1.5)
+    with pytest.raises(ValueError, match=r'formula is "code" or "paper"'):
+        vlmprune.TransPrune(formula="both")
+
+
+def test_the_papers_formula_adds_the_signals_as_they_are() -> None:
+    """And, of mirrored cosines, it cannot tell one from the other, while the code ranks the backward turn first."""
+    transition, attention = torch.rand(1, 6), torch.rand(1, 3, 6)
+    tables = {
+        "transition_strict": transition,
+        "next_text_attention": attention,
+        "text_mask": torch.ones(1, 3, dtype=torch.bool),
+    }
+    tokens = tokens_of(torch.randn(6, 4), layer=7, depth=32, **tables)
+    index = vlmprune.TransPrune(formula="paper", alpha=0.3).select(tokens, torch.tensor([2])).index[0]
+    wanted = (0.3 * transition + 0.7 * attention.mean(1))[0].topk(2).indices
+    assert sorted(index.tolist()) == sorted(wanted.tolist())
 
 
 @pytest.mark.parametrize("name", ["llava-clip-llama", "qwen2.5-vl"])

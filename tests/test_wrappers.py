@@ -258,3 +258,16 @@ def test_adaptive_methods_and_all_signals_behind_the_boundary() -> None:
         assert shape.sources is not None
         assert shape.sources.flatten().tolist() == [0, 1, 2, 3]
         assert len(given.geometry[part]) == len(those)
+
+
+def test_wrappers_by_name() -> None:
+    made = vlmprune.create_pruner("merge(divprune)", keep=0.3, positions="original")
+    assert made == vlmprune.Merge(vlmprune.DivPrune(keep=0.3, positions="original"))
+    nested = vlmprune.create_pruner("per_tile(merge(cdpruner))", keep=0.2)
+    assert nested == vlmprune.PerTile(vlmprune.Merge(vlmprune.CDPruner(keep=0.2)))
+    with pytest.raises(ValueError, match=r"unknown wrapper 'fold': known are merge, per_tile, per_frame"):
+        vlmprune.create_pruner("fold(divprune)")
+    with pytest.raises(ValueError, match=r"unknown pruner 'divprun': did you mean 'divprune'"):
+        vlmprune.create_pruner("merge(divprun)")
+    with pytest.raises(ValueError, match=r"'divprune' has no field 'seed'"):
+        vlmprune.create_pruner("merge(divprune)", seed=1)

@@ -184,7 +184,10 @@ class Training(nn.Module):
         self.pruning = SoftPruning(model, modules)
 
     def forward(self, inputs: dict[str, Tensor], wanted: float, temperature: float | None) -> dict[str, Tensor]:
-        """Losses and what was kept, [I]; `right` says of each sample whether every token of the answer is."""
+        """Losses, the mean share left behind each module, and what each item kept, [I].
+
+        `right` says of each sample whether every token of the answer is.
+        """
         pruning, modules = self.pruning, self.atp
         labels = inputs["labels"]
         pruning.wanted, pruning.temperature = wanted, temperature or 0.0
@@ -205,7 +208,16 @@ class Training(nn.Module):
         target_loss = ((share - goal) * pruning.counts).mean().abs()
         loss = answer + self.settings.lambda_atp * depth + self.settings.lambda_target * target_loss
         right = ((logits.argmax(-1) == target) | ~replies).all(1)
-        return {"loss": loss, "answer": answer, "target": target_loss, "kept": share, "right": right}
+        means = torch.stack([part.mean() for part in shares])
+        return {
+            "loss": loss,
+            "answer": answer,
+            "depth": depth,
+            "target": target_loss,
+            "shares": means,
+            "kept": share,
+            "right": right,
+        }
 
 
 def schedule(settings: Settings, step: int) -> tuple[float, float]:

@@ -207,6 +207,9 @@ SIGNALS: dict[str, str] = {
     "received_attention": "fp32 [I, N]: attention received from the patches that see it, mean over these and heads, "
     "softmax over all they see, in the encoder layer that makes the features",
     "received_attention_last": "the same in the encoder's last layer",
+    "received_logits": "fp32 [I, N]: logits that patches have for it, before the softmax, mean over the patches that "
+    "see it and over heads, in the encoder layer that makes the features",
+    "given_logits": "the same of its own logits, mean over the patches that it sees",
     "encoder_keys": "[I, N, d]: keys, mean over heads, in the encoder layer that makes the features, before RoPE",
     "cls_keys": "[I, P, d]: the same of the CLS rows",
     "encoder_kept": "fp32 [I, N]: behind an encoder stage (`Pruner.reduce`), of how many patches the token is the "
@@ -223,12 +226,17 @@ SIGNALS: dict[str, str] = {
     "text_attention": "fp32 [I, T, N]: attention of each text token behind the item (rows of `text_mask`) in the layer "
     "before, mean over heads, softmax over all keys",
     "next_text_attention": "the same in the layer behind the stage",
+    "all_attention": "fp32 [I, N]: attention to it in the layer before, mean over all tokens that can see it (itself "
+    "and those behind it in its row) and over heads, softmax over all keys",
     "visual_attention": "fp32 [I, N]: sum over the item's own tokens of their attention to it, mean over heads, "
     "softmax over all keys, in the layer before",
     "next_visual_attention": "the same in the layer behind the stage",
+    "next_inner_attention": "the same in the layer behind the stage, softmax over the item's own tokens",
     "next_keys": "[I, N, d]: keys, mean over heads, rotated, in the layer behind the stage",
+    "next_plain_keys": "the same before they are rotated",
     "transition": "fp32 [I, N]: how much attention and MLP changed it, summed over the layers from "
-    "`Pruner.accumulate(depth)` to the stage (TransPrune's TTV)",
+    "`Pruner.accumulate(depth)` to the stage (TransPrune's TTV, as its code has it)",
+    "transition_strict": "the same as the paper has it: 1 - |cos|, and a softmax over the item's own tokens",
     # At a cache stage (`Pruner.select_cache`).
     "cache_keys": "[I, N, G * d]: keys that the layer holds, of all key heads",
     "cache_attention": "fp32 [I, N]: attention of the last query to it in that layer, mean over heads",
@@ -236,7 +244,10 @@ SIGNALS: dict[str, str] = {
     # From the decoder's blocks.
     "activation_overlap": "fp32 [I, N]: FFN neurons that are positive for both it and the last word of the question, "
     "in the layer before",
+    "core_overlap": "fp32 [I, N]: FFN neurons that are positive for it and core to the prompt, in the layer before: "
+    "among the `CORE` of all neurons most often among the `CORE` of a prompt token's largest positive ones",
 }
+CORE = 0.4
 """What a pruner can name in `needs` and ask `VisualTokens.signal` for, with shapes.
 
 "one|other" asks for the first of them that the model has; "one?" for one that may be missing, and is None then. N

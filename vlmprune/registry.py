@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import warnings
+from collections.abc import Callable
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -80,11 +82,31 @@ def create_frame_selector(name: str, **fields: Any) -> FrameSelector:
 def create_pruner(name: str, **fields: Any) -> Pruner:
     """Build a pruner from its name and hyper-parameters.
 
+    "merge(divprune)" is `Merge` around the method in brackets, whose hyper-parameters are meant; likewise
+    "per_tile(...)" and "per_frame(...)".
+
     Raises:
         ValueError: unknown name (the message gives the nearest ones), unknown field, or a bad value.
     """
+    wrapper, inner = _split(name)
+    if wrapper is not None:
+        return wrapper(create_pruner(inner, **fields))
+    cls = pruner_class(name)
+    _check_fields(name, cls, fields)
+    return cls(**fields)
+
+
+def pruner_class(name: str) -> type[Pruner]:
+    """The class of a method, in brackets of wrappers or not.
+
+    Raises:
+        ValueError: unknown name (the message gives the nearest ones).
+    """
     import vlmprune.pruners  # noqa: F401  registers the built-in ones
 
+    wrapper, inner = _split(name)
+    if wrapper is not None:
+        return pruner_class(inner)
     # Looking through the installed packages takes a while: only for what is not known yet.
     classes = _registered if name in _registered else pruner_classes()
     if name in frame_selectors():
@@ -96,8 +118,20 @@ def create_pruner(name: str, **fields: Any) -> Pruner:
         near = difflib.get_close_matches(str(name).lower(), classes, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known are {', '.join(classes)}."
         raise ValueError(f"unknown pruner {name!r}: {hint}")
-    _check_fields(name, classes[name], fields)
-    return classes[name](**fields)
+    return classes[name]
+
+
+def _split(name: str) -> tuple[Callable[[Pruner], Pruner] | None, str]:
+    """A wrapper and what stands in its brackets; None for a method's own name."""
+    from vlmprune.pruners import Merge, PerFrame, PerTile
+
+    match = re.fullmatch(r"(\w+)\((.*)\)", str(name))
+    if match is None:
+        return None, name
+    wrappers: dict[str, Callable[[Pruner], Pruner]] = {cls.name: cls for cls in (Merge, PerTile, PerFrame)}
+    if match[1] not in wrappers:
+        raise ValueError(f"unknown wrapper {match[1]!r}: known are {', '.join(wrappers)}, as in 'merge(divprune)'")
+    return wrappers[match[1]], match[2]
 
 
 def _check_fields(name: str, cls: Any, fields: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,7 +13,7 @@ from torch.nn.functional import cosine_similarity
 from torch.nn.utils.rnn import pad_sequence
 
 from vlmprune.adapters import Adapter
-from vlmprune.contract import SIGNALS, Item
+from vlmprune.contract import CORE, SIGNALS, Item
 from vlmprune.course import Course
 from vlmprune.kernels import attention_scores
 
@@ -76,8 +77,8 @@ class Signals:
         self.embeds: Tensor | None = None
         self.before: Entering | None = None
         self.here: Entering | None = None
-        self._changes: Tensor | None = None
-        self._overlap: Tensor | None = None
+        self._changes: dict[str, Tensor] = {}
+        self._overlaps: dict[str, Tensor] = {}
         self.course = None
         self.all_items: Sequence[Item] = ()
         self.all_shown: Tensor | None = None
@@ -99,7 +100,7 @@ class Signals:
 
     @property
     def wants_before(self) -> bool:
-        return bool(self.wanted & {"last_attention", "text_attention", "visual_attention"})
+        return bool(self.wanted & {"last_attention", "text_attention", "all_attention", "visual_attention"})
 
     @property
     def wants_here(self) -> bool:
@@ -109,11 +110,11 @@ class Signals:
         """Put on the hooks that the signals need; handles to remove them."""
         handles = self.adapter.watch(self.wanted)
         layers: Sequence[Any] = self.adapter.decoder_layers
-        if "transition" in self.wanted:
+        if self.wanted & {"transition", "transition_strict"}:
             for number in self._accumulate:
                 for block in (layers[number].self_attn, layers[number].mlp):
                     handles.append(block.register_forward_hook(self._after_block, with_kwargs=True))
-        if "activation_overlap" in self.wanted:
+        if self.wanted & {"activation_overlap", "core_overlap"}:
             for stage in self._stages:
                 if stage:
                     down = layers[stage - 1].mlp.down_proj
@@ -122,28 +123,50 @@ class Signals:
 
     def cut(self, gather: Any) -> None:
         """Follow a cut of the sequence."""
-        if self._changes is not None:
-            self._changes = gather(self._changes)
-        self.before = self.here = self._overlap = None
+        self._changes = {name: gather(table) for name, table in self._changes.items()}
+        self._overlaps = {}
+        self.before = self.here = None
 
     def _after_block(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        """TransPrune (arXiv 2507.20630): (|y| / |x|) softmax over the sequence of 1 - cos(x, y)."""
+        """TransPrune (arXiv 2507.20630): (|y| / |x|) softmax of 1 - cos(x, y), as the code or the paper has it."""
         if self.course is None:
             return
         x = (args[0] if args else kwargs["hidden_states"]).float()
         y = (output[0] if isinstance(output, tuple) else output).float()
-        turn = 1 - cosine_similarity(x, y, dim=-1)
-        shown = self.course.host_shown().to(x.device, non_blocking=True)
-        weight = turn.masked_fill(~shown, -torch.inf).softmax(dim=1)
-        change = y.norm(dim=-1) / x.norm(dim=-1).clamp(min=1e-12) * weight
-        self._changes = change if self._changes is None else self._changes + change
+        cosine = cosine_similarity(x, y, dim=-1)
+        ratio = y.norm(dim=-1) / x.norm(dim=-1).clamp(min=1e-12)
+        if "transition" in self.wanted:
+            shown = self.course.host_shown().to(x.device, non_blocking=True)
+            self._change("transition", ratio * (1 - cosine).masked_fill(~shown, -torch.inf).softmax(dim=1))
+        if "transition_strict" in self.wanted:
+            self._change("transition_strict", ratio * self._softmax_by_item(1 - cosine.abs(), self.course))
+
+    def _change(self, name: str, more: Tensor) -> None:
+        self._changes[name] = self._changes[name] + more if name in self._changes else more
+
+    def _softmax_by_item(self, values: Tensor, course: Course) -> Tensor:
+        """Values [B, P] in [0, 1], a softmax over each item's tokens; 0 elsewhere."""
+        number = torch.zeros(course.batch, course.length, dtype=torch.int64)
+        for place, item in enumerate(self.all_items, 1):
+            number[item.sample, item.where] = place
+        number = number.to(values.device, non_blocking=True)
+        if course.columns is not None:
+            number = number.gather(1, course.columns.clamp(min=0)).masked_fill(course.columns < 0, 0)
+        power = values.exp() * (number > 0)
+        total = power.new_zeros(len(self.all_items) + 1).scatter_add(0, number.flatten(), power.flatten())
+        return power / total[number].clamp(min=1e-12)
 
     def _before_down(self, module: nn.Module, args: Any) -> None:
         if self.course is None:
             return
-        active = (args[0] > 0).float()
-        last = self._place(self.course, self._last_words(self.course))
-        self._overlap = (active @ active[torch.arange(len(active), device=active.device), last][..., None])[..., 0]
+        if "core_overlap" in self.wanted:
+            shown = self.course.host_shown().to(args[0].device, non_blocking=True)
+            self._overlaps["core_overlap"] = core_overlap(args[0], shown)
+        if "activation_overlap" in self.wanted:
+            active = (args[0] > 0).float()
+            last = self._place(self.course, self._last_words(self.course))
+            word = active[torch.arange(len(active), device=active.device), last]
+            self._overlaps["activation_overlap"] = (active @ word[..., None])[..., 0]
 
     def read(self, need: str, live: Sequence[Live], everything: Sequence[Live], course: Course) -> Any:
         """A signal for the items `live`, out of `everything` in the sequence; None for a missing optional one."""
@@ -306,6 +329,29 @@ class Signals:
                 out[number, : len(place), : each.item.length] = scores[:, each.item.where]
         return out
 
+    def _all_attention(self, live: Sequence[Live], everything: Sequence[Live], course: Course) -> Tensor:
+        point = self._point(False, "all_attention")
+        keys, past = self._keys(point, course), point.held.shape[1] - point.hidden.shape[1]
+        shown, made = course.host_shown(), dict[int, Tensor]()
+        for each in live:
+            if (sample := each.item.sample) not in made:
+                place = shown[sample].nonzero().flatten().to(keys.device, non_blocking=True)
+                total = self._rows(point, keys, past, each, place, "sum")
+                seen_by = shown[sample].flip(0).cumsum(0).flip(0).clamp(min=1)
+                made[sample] = total / seen_by.to(keys.device, non_blocking=True)
+        return pad_sequence([made[e.item.sample][e.item.where] for e in live], batch_first=True)
+
+    def _inner_attention(self, live: Sequence[Live], everything: Sequence[Live], course: Course) -> Tensor:
+        point = self._point(True, "next_inner_attention")
+        keys = self._keys(point, course)[:, :, -point.hidden.shape[1] :]
+        rows = []
+        for each in live:
+            place = _places(each.item).to(keys.device, non_blocking=True)
+            query = self._queries(point, torch.tensor([each.item.sample], device=keys.device), place[None])
+            own = keys[each.item.sample : each.item.sample + 1, :, place]
+            rows.append(attention_scores(query, own, causal=True)[0])
+        return pad_sequence(rows, batch_first=True)
+
     def _visual_attention(
         self, live: Sequence[Live], everything: Sequence[Live], course: Course, *, following: bool
     ) -> Tensor:
@@ -313,10 +359,8 @@ class Signals:
         keys, past = self._keys(point, course), point.held.shape[1] - point.hidden.shape[1]
         rows = []
         for each in live:
-            where = each.item.where
-            place = torch.arange(where.start, where.stop) if isinstance(where, slice) else where
-            scores = self._rows(point, keys, past, each, place.to(keys.device, non_blocking=True), "sum")
-            rows.append(scores[where])
+            place = _places(each.item).to(keys.device, non_blocking=True)
+            rows.append(self._rows(point, keys, past, each, place, "sum")[each.item.where])
         return pad_sequence(rows, batch_first=True)
 
     def _rows(self, point: Entering, keys: Tensor, past: int, live: Live, place: Tensor, reduce: Any) -> Tensor:
@@ -338,8 +382,16 @@ class Signals:
         mean = self._keys(point, course)[:, :, -point.hidden.shape[1] :].float().mean(1)
         return pad_sequence([mean[e.item.sample, e.item.where] for e in live], batch_first=True)
 
+    def _next_plain_keys(self, live: Sequence[Live], everything: Sequence[Live], course: Course) -> Tensor:
+        point = self._point(True, "next_plain_keys")
+        cos, sin = _wide(point)
+        layer = self.adapter.decoder_layers[point.layer]
+        _, keys = self.adapter.queries_and_keys(layer, point.hidden, (torch.ones_like(cos), torch.zeros_like(sin)))
+        mean = keys.float().mean(1)
+        return pad_sequence([mean[e.item.sample, e.item.where] for e in live], batch_first=True)
+
     def _per_position(self, live: Sequence[Live], everything: Sequence[Live], course: Course, *, name: str) -> Tensor:
-        table = self._changes if name == "transition" else self._overlap
+        table = {**self._changes, **self._overlaps}.get(name)
         if table is None:
             raise ValueError(f"there is no {name} before a decoder layer has run: ask at a later stage")
         return pad_sequence([table[e.item.sample, e.item.where] for e in live], batch_first=True)
@@ -355,12 +407,43 @@ _MADE: dict[str, Any] = {
     "next_last_attention": functools.partial(Signals._last_attention, following=True),
     "text_attention": functools.partial(Signals._text_attention, following=False),
     "next_text_attention": functools.partial(Signals._text_attention, following=True),
+    "all_attention": Signals._all_attention,
+    "next_inner_attention": Signals._inner_attention,
     "visual_attention": functools.partial(Signals._visual_attention, following=False),
     "next_visual_attention": functools.partial(Signals._visual_attention, following=True),
     "next_keys": Signals._next_keys,
-    "transition": functools.partial(Signals._per_position, name="transition"),
-    "activation_overlap": functools.partial(Signals._per_position, name="activation_overlap"),
+    "next_plain_keys": Signals._next_plain_keys,
+    **{
+        name: functools.partial(Signals._per_position, name=name)
+        for name in ("transition", "transition_strict", "activation_overlap", "core_overlap")
+    },
 }
+
+
+def core_overlap(activations: Tensor, shown: Tensor) -> Tensor:
+    """fp32 [B, S]: positive neurons of each token that are core to its prompt, CoreMatching's paper (arXiv 2505.19235).
+
+    A token's core are the `CORE` of its positive neurons with the largest activations (rounded up); the prompt's, the
+    `CORE` of all neurons that are in most tokens' cores, lower index first in a tie.
+
+    Args:
+        activations: [B, S, F], what enters `down_proj`.
+        shown: bool [B, S], False for padding.
+    """
+    positive = activations > 0
+    share = (positive.sum(2) * CORE).ceil().long()
+    ranked = activations.float().sort(dim=2, descending=True).values
+    least = ranked.gather(2, (share - 1).clamp(min=0)[..., None])
+    own = positive & (activations.float() >= least) & shown[..., None]
+    often = own.sum(1).sort(dim=1, descending=True, stable=True).indices
+    core = torch.zeros_like(own[:, 0]).scatter(1, often[:, : math.ceil(CORE * own.shape[2])], True)
+    return (positive & core[:, None]).sum(2).float()
+
+
+def _places(item: Item) -> Tensor:
+    """int64 [N]: positions of an item's tokens."""
+    where = item.where
+    return torch.arange(where.start, where.stop) if isinstance(where, slice) else where
 
 
 def _wide(point: Entering) -> tuple[Tensor, Tensor]:

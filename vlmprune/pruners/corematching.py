@@ -3,7 +3,7 @@ from __future__ import annotations
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -25,8 +25,9 @@ class CoreMatching(StagedPruner):
     half, which gathers weight columns per request, is no matter of tokens.
 
     A token's score is the number of neurons of one layer's gated product (what enters `down_proj`) that are positive
-    for both it and the last word of the question (`co_activation`). As in the official code, which matches with that
-    word; the paper matches with the neurons most frequent in the prompt. The layer is the one before `layer_list`: a
+    for both it and the last word of the question (`co_activation`), as in the official code. `match="core"` is the
+    paper: instead of that word's, the core neurons of the prompt (section 3; its percentiles are not known, 40 % are
+    taken for a token's and for the prompt's). The layer is the one before `layer_list`: a
     quarter of the depth, 8 of 32, where the code re-selects in layers 5 to 18 and zeroes keys and values instead of
     removing the tokens. Positions original.
 
@@ -41,13 +42,26 @@ class CoreMatching(StagedPruner):
     layer_list: tuple[int, ...] = (9,)
     ratios: tuple[float, ...] = (0.4,)
     elbow: bool = False
+    match: Literal["word", "core"] = "word"
 
     name: ClassVar[str] = "corematching"
     paper: ClassVar[str] = "arXiv 2505.19235"
     stage: ClassVar[str] = "decoder"
-    needs: ClassVar[frozenset[str]] = frozenset({"activation_overlap"})
     query_aware: ClassVar[bool] = True
     otherwise: ClassVar[str] = "use a method that ranks by attention, such as fastv"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.match not in ("word", "core"):
+            raise ValueError(f'corematching\'s match is "word" or "core", got {self.match!r}')
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({self._overlap})
+
+    @property
+    def _overlap(self) -> str:
+        return "activation_overlap" if self.match == "word" else "core_overlap"
 
     def budget(self, counts: Sequence[int], layer: int = 0, depth: int = 32) -> Sequence[int | None]:
         if not self.elbow:
@@ -57,7 +71,7 @@ class CoreMatching(StagedPruner):
         return [None if pruned and not (whole and self.keep >= count) else count for count in counts]
 
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
-        score = tokens.signal("activation_overlap").masked_fill(~tokens.valid, -1)
+        score = tokens.signal(self._overlap).masked_fill(~tokens.valid, -1)
         if not self.elbow:
             return Selection(top_indices(score, budget))
         kept = [elbow_indices(each[:count]) for each, count in zip(score, tokens.counts)]

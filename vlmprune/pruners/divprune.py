@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -22,10 +22,15 @@ class DivPrune(Pruner):
 
     Unlike the official code, which computes in the model's dtype, distances are in fp32; a token is never picked twice,
     and a zero row is similar to nothing.
+
+    Attributes:
+        features: between what distances are: "projected" tokens, as published, or what the projector takes ("encoder"),
+            as a port to Qwen2.5-VL does.
     """
 
     keep: Keep = 0.098
     positions: Positions = "compact"
+    features: Literal["projected", "encoder"] = "projected"
 
     name: ClassVar[str] = "divprune"
     paper: ClassVar[str] = "arXiv 2503.02175"
@@ -35,8 +40,18 @@ class DivPrune(Pruner):
         "llava-next-video": {115: {"keep": 0.1}},
     }
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.features not in ("projected", "encoder"):
+            raise ValueError(f'features must be "projected" or "encoder", got {self.features!r}')
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({"encoder_features"} if self.features == "encoder" else ())
+
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
-        return Selection(max_min_select(tokens.features, budget, mask=tokens.valid))
+        rows = tokens.features if self.features == "projected" else tokens.signal("encoder_features")
+        return Selection(max_min_select(rows, budget, mask=tokens.valid))
 
     def selection_flops(self, count: int, keep: int, width: int) -> int:
         """FLOPs of choosing `keep` of an item's `count` tokens: half of the symmetric table of cosines.

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -19,8 +19,9 @@ class FastV(Pruner):
 
     Chen et al., "An Image is Worth 1/2 Tokens After Layer 2", ECCV 2024, arXiv 2403.06764. Training-free, aware of the
     question through the last token. Layers before `layer` (K in the paper) see every token; the ranking is the
-    attention row of the last token in layer K - 1, mean over heads, softmax over all keys. As in the official code, not
-    the mean over all rows as in the paper's text.
+    attention in layer K - 1, mean over heads, softmax over all keys: `query="last"`, the row of the last token, as in
+    the official code, or `query="all"`, the mean over all tokens that can see a token, as the paper's text has it
+    (phi_attn, section 4.1).
 
     `keep` is the average over all decoder layers, as for every method; layers 0..K-1 count in full, and what is left
     for the others is rounded half to even. Published for 32 layers: K = 2 and R = 0.5, which is keep 0.53125, with
@@ -30,11 +31,11 @@ class FastV(Pruner):
     keep: Keep = 0.53125
     positions: Positions = "original"
     layer: int = 2
+    query: Literal["last", "all"] = "last"
 
     name: ClassVar[str] = "fastv"
     paper: ClassVar[str] = "arXiv 2403.06764"
     stage: ClassVar[str] = "decoder"
-    needs: ClassVar[frozenset[str]] = frozenset({"last_attention"})
     query_aware: ClassVar[bool] = True
     presets: ClassVar[Presets] = {
         # K = 2 and R = 0.5, 0.75 or 0.9; K = 3 and R = 0.5.
@@ -52,6 +53,12 @@ class FastV(Pruner):
             raise ValueError(
                 f"layer must be an int >= 1 (the number of layers that see every token), got {self.layer!r}"
             )
+        if self.query not in ("last", "all"):
+            raise ValueError(f'query must be "last" or "all", got {self.query!r}')
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({f"{self.query}_attention"})
 
     def layers(self, depth: int) -> tuple[int, ...]:
         return (self.layer,)
@@ -73,4 +80,4 @@ class FastV(Pruner):
         return round(left)
 
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
-        return Selection(top_indices(tokens.signal("last_attention").masked_fill(~tokens.valid, -1), budget))
+        return Selection(top_indices(tokens.signal(f"{self.query}_attention").masked_fill(~tokens.valid, -1), budget))

@@ -15,7 +15,11 @@ from vlmprune.pruners._schedule import truncate
 from vlmprune.pruners._top import top_indices
 from vlmprune.registry import register_pruner
 
-_SCORES = {"received": "received_attention", "cls": "cls_attention"}
+_SCORES = {
+    "received": ("received_attention",),
+    "cls": ("cls_attention",),
+    "logits": ("received_logits", "given_logits"),
+}
 
 
 @register_pruner
@@ -30,20 +34,21 @@ class FoPru(Pruner):
     share, and no line breaks.
 
     There is no official code. The only other one known takes logits in place of attention, and of the means over
-    columns and rows the one with the larger variance (`significance`); behind the softmax a mean over rows is the same
-    for all patches but for what they give to CLS, so here it is columns. Counts are rounded down, to at least one. In
+    columns and rows the one with the larger variance, picture by picture: `score="logits"` (`more_varied`). Behind the
+    softmax a mean over rows is the same for all patches but for what they give to CLS, so by default it is columns.
+    Counts are rounded down, to at least one. In
     "row" mode an item keeps int(rows * keep) rows of each picture, never more than `keep` but for that one.
 
     Attributes:
         mode: "rank" or "row".
-        score: "received", or "cls": the attention of the CLS token. Where a tower's patches attend to the background,
-            as those of the bundled model do, "received" keeps that and "cls" what is in front.
+        score: "received"; "logits"; or "cls": the attention of the CLS token. Where a tower's patches attend to the
+            background, as those of the bundled model do, "received" keeps that and "cls" what is in front.
     """
 
     keep: Keep = 0.25
     positions: Positions = "compact"
     mode: Literal["rank", "row"] = "rank"
-    score: Literal["received", "cls"] = "received"
+    score: Literal["received", "cls", "logits"] = "received"
 
     name: ClassVar[str] = "fopru"
     paper: ClassVar[str] = "arXiv 2411.14164"
@@ -54,11 +59,11 @@ class FoPru(Pruner):
         if self.mode not in ("rank", "row"):
             raise ValueError(f'mode must be "rank" or "row", got {self.mode!r}')
         if self.score not in _SCORES:
-            raise ValueError(f'score must be "received" or "cls", got {self.score!r}')
+            raise ValueError(f"score must be one of {', '.join(map(repr, _SCORES))}, got {self.score!r}")
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
-        return frozenset({_SCORES[self.score]})
+        return frozenset(_SCORES[self.score])
 
     def budget(self, counts: Sequence[int], layer: int = 0, depth: int = 1) -> Sequence[int | None]:
         kept = [self._share(count, count) for count in counts]
@@ -73,7 +78,10 @@ class FoPru(Pruner):
 
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
         pictures = Pictures(tokens, budget)
-        scores = pictures.rows(tokens.signal(_SCORES[self.score])).masked_fill(~pictures.placed, -torch.inf)
+        scores, *others = (pictures.rows(tokens.signal(name)) for name in _SCORES[self.score])
+        if others:
+            scores = more_varied(scores, others[0], pictures.placed)
+        scores = scores.masked_fill(~pictures.placed, -torch.inf)
         if self.mode == "rank":
             index = top_indices(scores, pictures.budget)
             used = torch.arange(index.shape[1]) < pictures.budget[:, None]
@@ -94,13 +102,21 @@ class FoPru(Pruner):
 
 
 def significance(attention: Tensor) -> Tensor:
-    """Token significance [..., N] from attention [..., H, N, N]: means over queries or over keys, whichever vary more.
-
-    Mean over heads first; unbiased variances over the N tokens, the mean over keys in a tie.
-    """
+    """Token significance [..., N] from attention [..., H, N, N]: means over queries or keys, whichever vary more."""
     mean = attention.float().mean(-3)
-    received, given = mean.mean(-2), mean.mean(-1)
-    return torch.where(received.var(-1, keepdim=True) > given.var(-1, keepdim=True), received, given)
+    return more_varied(mean.mean(-2), mean.mean(-1))
+
+
+def more_varied(received: Tensor, given: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Of two scores [..., N] the one with the larger unbiased variance over a row's `mask`; `given` in a tie."""
+    mask = torch.ones_like(received, dtype=torch.bool) if mask is None else mask
+    count = mask.sum(-1, keepdim=True)
+
+    def variance(scores: Tensor) -> Tensor:
+        mean = (scores * mask).sum(-1, keepdim=True) / count.clamp(min=1)
+        return ((scores - mean).square() * mask).sum(-1, keepdim=True) / (count - 1).clamp(min=1)
+
+    return torch.where(variance(received) > variance(given), received, given)
 
 
 def best_rows(scores: Tensor, line: Tensor, many: Tensor, keep: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -26,9 +26,11 @@ class TransPrune(StagedPruner):
     behind the stage, mean over rows and heads. Each is divided by its sum over the image, and
     score = alpha TTV + (1 - alpha) IGA (Eq. 6). Each image is ranked by itself; counts round down.
 
-    As in the official code, and unlike the paper: the cosine keeps its sign, the softmax takes in text tokens, both
-    signals are normalised. Published for 32 layers: layers 7, 9, 12; positions compact (M-RoPE families: original).
-    Presets: "high", the default (keep 0.41), and "low" (0.3125; ratios reconstructed from the published FLOPs).
+    `formula="code"` is the official code: the cosine keeps its sign, the softmax takes in text tokens, both signals are
+    divided by their sums. `formula="paper"` is the paper's text: 1 - |cos(x, y)|, the softmax over the image alone, and
+    Eq. 6 on the signals as they are. Published for 32 layers: layers 7, 9, 12; positions compact (M-RoPE families:
+    original). Presets: "high", the default (keep 0.41), and "low" (0.3125; ratios reconstructed from the published
+    FLOPs).
     """
 
     keep: Keep = 236.25 / 576
@@ -36,11 +38,11 @@ class TransPrune(StagedPruner):
     layer_list: tuple[int, ...] = (7, 9, 12)
     ratios: tuple[float, ...] = (0.875, 0.625, 0.125)
     alpha: float = 0.5
+    formula: Literal["code", "paper"] = "code"
 
     name: ClassVar[str] = "transprune"
     paper: ClassVar[str] = "arXiv 2507.20630"
     stage: ClassVar[str] = "decoder"
-    needs: ClassVar[frozenset[str]] = frozenset({"transition", "next_text_attention"})
     query_aware: ClassVar[bool] = True
     presets: ClassVar[Presets] = {
         "high": {236.25: {"keep": 236.25 / 576, "ratios": (0.875, 0.625, 0.125)}},
@@ -53,13 +55,28 @@ class TransPrune(StagedPruner):
         super().__post_init__()
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"transprune's alpha must be between 0 (attention alone) and 1, got {self.alpha!r}")
+        if self.formula not in ("code", "paper"):
+            raise ValueError(f'transprune\'s formula is "code" or "paper", got {self.formula!r}')
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({self._transition, "next_text_attention", "text_mask"})
+
+    @property
+    def _transition(self) -> str:
+        return "transition" if self.formula == "code" else "transition_strict"
 
     def accumulate(self, depth: int) -> tuple[int, ...]:
         layers = self.layers(depth)
         return tuple(range(layers[0] - 1, layers[-1])) if layers else ()
 
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
-        score = transition_score(tokens.signal("transition"), tokens.signal("next_text_attention"), self.alpha)
+        transition, attention = tokens.signal(self._transition), tokens.signal("next_text_attention")
+        if self.formula == "code":
+            score = transition_score(transition, attention, self.alpha)
+        else:
+            rows = tokens.signal("text_mask").sum(1, keepdim=True).clamp(min=1)
+            score = self.alpha * transition + (1 - self.alpha) * attention.sum(1) / rows
         return Selection(top_indices(score.masked_fill(~tokens.valid, -1), budget))
 
 

@@ -64,6 +64,9 @@ class VisionDrop(Pruner):
         contextual: share of the kept tokens that are contextual, behind the encoder and later.
         query: "cls" or "all" (attention received from all patches); "auto": CLS where there is one.
         merge: "sum" (published) or "average": a contextual token is the mean of target and joiners.
+        renormalise: in the decoder, softmax over the item's own tokens alone, a strict reading of the paper's visual
+            subspace; the official code takes it over all keys.
+        rotated: in the decoder, whether keys are compared behind RoPE, as in the official code.
         keep_cls: whether a kept CLS row takes one of the places.
     """
 
@@ -74,6 +77,8 @@ class VisionDrop(Pruner):
     contextual: tuple[float, float] = (1 / 8, 2 / 13)
     query: Query = "auto"
     merge: Merge = "sum"
+    renormalise: bool = False
+    rotated: bool = True
     keep_cls: bool = True
 
     name: ClassVar[str] = "visiondrop"
@@ -95,7 +100,13 @@ class VisionDrop(Pruner):
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         needs = encoder_needs(self.query, self.keep_cls)
-        return needs | {"next_visual_attention", "next_keys"} if self.stages else needs
+        return needs | set(self._late) if self.stages else needs
+
+    @property
+    def _late(self) -> tuple[str, str]:
+        """Signals of the stages in the decoder: scores and keys."""
+        scores = "next_inner_attention" if self.renormalise else "next_visual_attention"
+        return scores, "next_keys" if self.rotated else "next_plain_keys"
 
     def layers(self, depth: int) -> tuple[int, ...]:
         return (0, *stage_layers(self.stages, depth))
@@ -116,7 +127,7 @@ class VisionDrop(Pruner):
         share = functools.partial(self._contextual, layer=tokens.layer)
         if tokens.layer == 0:
             return encoder_stage(tokens, budget, share, query=self.query, merge=self.merge, keep_cls=self.keep_cls)
-        scores, keys = tokens.signal("next_visual_attention"), tokens.signal("next_keys")
+        scores, keys = map(tokens.signal, self._late)
         return decoder_stage(tokens, scores, keys, budget, share, self.merge)
 
     def _contextual(self, kept: int, layer: int) -> int:

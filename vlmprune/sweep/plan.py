@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmprune.ask import parse_keep
 from vlmprune.contract import Keep, Pruner
-from vlmprune.registry import create_frame_selector, create_pruner, frame_selectors, pruner_classes
+from vlmprune.registry import create_frame_selector, create_pruner, frame_selectors, pruner_class
 from vlmprune.sweep.config import MethodConfig, SweepConfig
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def settings_of(config: SweepConfig) -> list[Setting]:
 def _rows(model: str, method: MethodConfig, config: SweepConfig) -> list[Setting]:
     if method.name in frame_selectors():
         return [Setting(model, method.name, method.settings, _keep(keep), "original", None) for keep in config.keeps]
-    fields = {field.name: field for field in dataclasses.fields(pruner_classes()[method.name])}
+    fields = {field.name: field for field in dataclasses.fields(pruner_class(method.name))}
     own = str(fields["positions"].default)
     seeds = config.seeds if "seed" in fields else [None]
     return [
