@@ -121,6 +121,14 @@ PRUNERS = {
         # Windows and clusters; the hard settings' counts follow from the grid and from the bend of a curve.
         PrunerCase("hicom_local", ({"keep": 0.3}, {"kernel": (2, 2), "scale": 1.0})),
         PrunerCase("kmeans_tokens", ({"keep": 0.3}, {"keep": 4, "elbow": True, "least": 3, "most": 6})),
+        PrunerCase(
+            "hicom",
+            (
+                {"keep": 0.4, "weights": random_weights.hicom()},
+                {"kernel": (2, 3), "weights": random_weights.hicom()},
+            ),
+        ),
+        PrunerCase("vqtoken", tuple({"keep": keep, "weights": random_weights.vqtoken()} for keep in (0.3, 4))),
         PrunerCase("framefusion", ({"keep": 0.5}, {"keep": 0.8, "similarity": 0.0, "start": 2})),
         # Two stages inside the decoder; the boundary and a stage that removes every visual token.
         PrunerCase("staged", ({}, {"schedule": ((0, 0.5), (1, 0.25), (2, 0.0))}), Staged),

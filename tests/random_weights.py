@@ -9,6 +9,8 @@ import torch
 
 from vlmprune.pruners.atp import ThresholdModules
 from vlmprune.pruners.explain import Mapper
+from vlmprune.pruners.hicom import HIComModules
+from vlmprune.pruners.vqtoken import VQAttention
 
 _held = tempfile.TemporaryDirectory()
 
@@ -33,4 +35,28 @@ def explain() -> Path:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             Mapper((4, 6)).save(folder)
+    return folder
+
+
+def hicom() -> Path:
+    """For language models of width 48, with a readout that does something."""
+    folder = Path(_held.name) / "hicom"
+    if not folder.exists():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            modules = HIComModules(48, width=16, queries=3, heads=2)
+            torch.nn.init.normal_(modules.local[2].weight, std=0.1)
+        modules.save(folder)
+    return folder
+
+
+def vqtoken() -> Path:
+    """For language models of width 48, with an attention that does something."""
+    folder = Path(_held.name) / "vqtoken"
+    if not folder.exists():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            module = VQAttention(48, width=16, heads=2, grid=(2, 3, 3))
+            torch.nn.init.normal_(module.out.weight, std=0.1)
+        module.save(folder)
     return folder

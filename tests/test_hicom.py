@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import random_weights
 import torch
 from cases import BATCHES
 from fakes import rows, tokens_of
@@ -220,6 +223,177 @@ def test_batches_with_tiles_in_scope_and_out() -> None:
         assert session.last.changed
         if not isinstance(pruner, vlmprune.HIComLocal) or pruner.kernel is None:
             assert {item.tokens_after for item in session.last.items} == {5}
+
+
+def test_places_are_the_published_table() -> None:
+    wanted = GOLDEN["pos3d_4_3_5_12"]
+    frame, row, col = (each.flatten() for each in torch.meshgrid(*map(torch.arange, (4, 3, 5)), indexing="ij"))
+    found = hicom.places_3d(frame, row, col, 12).view(wanted.shape)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+@pytest.fixture
+def modules() -> hicom.HIComModules:
+    torch.manual_seed(0)
+    return hicom.HIComModules(6, width=8, queries=5, heads=2).eval().requires_grad_(False)
+
+
+def test_the_guide_reads_words_and_nothing_behind_them(modules: hicom.HIComModules) -> None:
+    words, real = rows(3, 4, 6), torch.tensor([[True] * 4, [True, True, False, False], [False] * 4])
+    guide = modules.read(words, real)
+    assert guide[2].eq(0).all(), "without words no guide"
+    torch.testing.assert_close(modules.read(words[1:2, :2], real[1:2, :2])[0], guide[1])
+    changed = words.clone()
+    changed[1, 2:] += 5
+    torch.testing.assert_close(modules.read(changed, real)[1], guide[1])
+    swapped = modules.read(words[:1].flip(1), real[:1])[0]
+    assert (swapped - guide[0]).abs().max() > 1e-3, "words have an order"
+    assert modules.read(words[:, :0], real[:, :0]).shape == (3, 8)
+
+
+def test_global_tokens_differ_and_listen(modules: hicom.HIComModules) -> None:
+    """The official builder makes them all alike, blind to the question."""
+    features, places = rows(12, 6), hicom.places_3d(*torch.zeros(3, 12, dtype=torch.int64), 8)
+    first, second = (modules.summary(features, places, rows(8, seed=seed), 5) for seed in (1, 2))
+    gaps = (first[:, None] - first).abs().amax(2) + torch.eye(5)
+    assert gaps.min() > 1e-3
+    assert (first - second).abs().amax(1).min() > 1e-3
+    moved = modules.summary(features, hicom.places_3d(*torch.arange(36).view(3, 12), 8), rows(8, seed=1), 5)
+    assert (moved - first).abs().max() > 1e-3, "places have a say"
+
+
+def test_untrained_windows_are_pooled_by_the_learned_logits(modules: hicom.HIComModules) -> None:
+    shape, features = Geometry.grid(4, 6), rows(24, 6)
+    tokens = asked(features, shapes=[shape])
+    pruner = vlmprune.HICom(keep=12, weights=modules)
+    found = pruner.select(tokens, torch.tensor([12]))
+    guide = modules.read(tokens.signal("instruction"), tokens.signal("instruction_mask"))
+    logits = hicom.scaled_dot(modules.embeddings(features), guide[0])
+    windows = Windows.of_count(shape, 9)
+    torch.testing.assert_close(found.features[0, :9], hicom.pool(features, logits, windows.members))
+    assert found.index[0, :9].tolist() == windows.middle.tolist()
+    last = found.index[0, 9:].tolist()
+    assert last == [each for each in range(24) if each not in windows.middle.tolist()][-3:]
+    assert found.merged[0, 9:].all()
+
+
+def test_how_many_are_global(modules: hicom.HIComModules) -> None:
+    shape, features = Geometry.grid(6, 6), rows(36, 6)
+    for keep, wanted in ((1, 0), (3, 0), (4, 1), (19, 4), (20, 5), (35, 5)):
+        found = vlmprune.HICom(keep=keep, weights=modules).select(asked(features, shapes=[shape]), torch.tensor([keep]))
+        assert len(set(found.index[0].tolist())) == keep
+        windows = Windows.of_count(shape, keep - wanted)
+        assert found.index[0, : keep - wanted].tolist() == windows.middle.tolist()
+    kernel = vlmprune.HICom(kernel=(4, 3), weights=modules)
+    found = kernel.select(asked(features, shapes=[shape]), torch.tensor([36]))
+    assert found.index.shape == (1, 4 + 5)
+    tight = vlmprune.HICom(kernel=(1, 1), weights=modules).select(asked(features, shapes=[shape]), torch.tensor([36]))
+    assert sorted(tight.index[0].tolist()) == list(range(36)), "no room for global ones"
+
+
+def test_gradients_reach_every_module() -> None:
+    torch.manual_seed(0)
+    modules = hicom.HIComModules(6, width=8, queries=2, heads=2)
+    torch.nn.init.normal_(modules.local[2].weight)
+    tokens = asked(rows(16, 6), shapes=[Geometry.grid(4, 4)])
+    found = vlmprune.HICom(keep=8, weights=modules).select(tokens, torch.tensor([8]))
+    found.features.square().sum().backward()
+    assert not [name for name, each in modules.named_parameters() if each.grad is None or not each.grad.any()]
+
+
+def test_save_and_load(modules: hicom.HIComModules, tmp_path: Path) -> None:
+    modules.save(tmp_path, model={"model_type": "llava"})
+    again = hicom.HIComModules.load(tmp_path)
+    assert (again.hidden, again.width, again.queries, again.heads) == (6, 8, 5, 2)
+    for name, value in modules.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], value, atol=1e-3, rtol=1e-3)
+    tokens, budget = asked(rows(24, 6), shapes=[Geometry.grid(4, 6)]), torch.tensor([9])
+    found, read = (vlmprune.HICom(keep=9, weights=each).select(tokens, budget) for each in (modules, tmp_path))
+    torch.testing.assert_close(found.features, read.features, atol=1e-2, rtol=1e-2)
+
+
+@pytest.fixture(scope="module")
+def training() -> Any:
+    pytest.importorskip("accelerate")
+    folder = str(Path(__file__).parents[1] / "training")
+    sys.path.insert(0, folder)
+    try:
+        return importlib.import_module("condense")
+    finally:
+        sys.path.remove(folder)
+
+
+@pytest.mark.parametrize("method", ["hicom", "vqtoken"])
+def test_training_learns(training: Any, method: str, tmp_path: Path) -> None:
+    """The loss on one batch falls, what is saved is what was trained, and only the modules changed."""
+    pytest.importorskip("sklearn")
+    pytest.importorskip("skimage")
+    run = training.Settings(
+        method=method, out=tmp_path, scenes=(2, 1), steps=2, batch=6, shares=(0.25,), width=16, rate=1e-2
+    )
+    torch.manual_seed(1)
+    model, processor = training.load(None)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modules = training.MODULES[method](128, width=16)
+    pruner = vlmprune.create_pruner(method, keep=0.25, weights=modules)
+    questions = training.Questions(None, "train", 2, 3)
+    inputs = training.collate(processor, [questions[i] for i in range(6)])
+    condensed = training.Condensed(model.requires_grad_(False), modules)
+    optimizer = torch.optim.Adam(modules.parameters(), 1e-2)
+    losses = []
+    for _ in range(12):
+        loss, right = condensed(inputs, pruner)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    assert right.shape == (6,)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    finished = training.train(run)
+    again = training.MODULES[method].load(tmp_path)
+    for name, value in finished.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], value, atol=1e-2, rtol=1e-2)
+    with pytest.raises(ValueError, match=r"method must be one of hicom, vqtoken"):
+        training.train(training.Settings(method="fastv"))
+
+
+def test_the_trainer_counts_what_generate_says(training: Any) -> None:
+    """Right by teacher forcing is right by greedy decoding."""
+    pytest.importorskip("sklearn")
+    pytest.importorskip("skimage")
+    model, processor = training.load(None)
+    questions = training.Questions(None, "validation", 2, 5)
+    samples = [questions[i] for i in range(8)]
+    pruner = vlmprune.create_pruner("uniform", keep=9)
+    with torch.no_grad():
+        _, right = training.Condensed(model, None)(training.collate(processor, samples), pruner)
+    said = []
+    for image, question, answer in samples:
+        chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+        prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
+        inputs = processor(images=image, text=prompt, return_tensors="pt")
+        with vlmprune.prune(model, pruner):
+            ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        reply = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        said.append(reply.strip() == answer)
+    assert right.tolist() == said
+    assert 0 < sum(said) < len(said), "a setting that tells both cases apart"
+
+
+def test_errors_of_the_trained_form(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"hicom needs trained weights.*hicom_local"):
+        vlmprune.create_pruner("hicom")
+    with pytest.raises(ValueError, match=r"not a folder that training/condense.py --method hicom wrote"):
+        vlmprune.create_pruner("hicom", weights=tmp_path)
+    with pytest.raises(ValueError, match="weights of 'vqtoken', not of 'hicom'"):
+        vlmprune.create_pruner("hicom", weights=random_weights.vqtoken())
+    with pytest.raises(ValueError, match=r"hicom needs kernel=\(frames, rows and columns\)"):
+        vlmprune.create_pruner("hicom", weights=random_weights.hicom(), kernel=(0, 1))
+    tokens = asked(rows(16, 6), shapes=[Geometry.grid(4, 4)])
+    with pytest.raises(ValueError, match="for a language model of width 48, this one has 6"):
+        vlmprune.create_pruner("hicom", weights=random_weights.hicom()).select(tokens, torch.tensor([4]))
 
 
 def test_errors() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import random_weights
 import torch
 from fakes import picks, rows, tokens_of
 from hypothesis import given, settings
@@ -153,6 +154,83 @@ def test_the_bend_is_at_the_number_of_groups(groups: int) -> None:
     assert vlmprune.KMeansTokens(elbow=True, keep=1.0).budget([99]) == [99]
     found = pruner.select(tokens_of(x[0]), torch.tensor([7 * groups]))
     assert int((found.index >= 0).sum()) == groups
+
+
+def test_cells_and_maps() -> None:
+    shape = Geometry.grid(4, 6, planes=2, kind="video", suffix=1)
+    cell = vqtoken.cells(shape, (2, 2, 3))
+    assert cell[-1] == -1
+    assert cell[:24].view(4, 6)[::2, ::2].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert torch.equal(cell[24:48], cell[:24] + 6)
+    into = torch.randint(0, 5, (1, 49), generator=torch.Generator().manual_seed(0))
+    into[0, 3] = into[0, -1] = -1
+    maps = vqtoken.occupancy(into, cell[None], 6, 12)
+    assert maps.shape == (1, 6, 12)
+    torch.testing.assert_close(maps.sum(2), torch.tensor([[1.0] * 5 + [0.0]]))
+    for number in range(5):
+        members = cell[into[0] == number]
+        wanted = torch.bincount(members[members >= 0], minlength=12) / len(members)
+        torch.testing.assert_close(maps[0, number], wanted)
+
+
+def test_an_untrained_module_leaves_the_means_and_a_trained_one_tells_places_apart() -> None:
+    torch.manual_seed(0)
+    module = vqtoken.VQAttention(16, width=8, heads=2, grid=(1, 4, 4)).eval().requires_grad_(False)
+    shape, x = Geometry.grid(4, 6), blobs(4, 6)
+    tokens, budget = tokens_of(x, shapes=[shape]), torch.tensor([4])
+    plain = vlmprune.KMeansTokens(keep=4).select(tokens, budget)
+    found = vlmprune.VQToken(keep=4, weights=module).select(tokens, budget)
+    assert torch.equal(found.index, plain.index)
+    torch.testing.assert_close(found.features, plain.features)
+    torch.nn.init.normal_(module.out.weight)
+    # The same clusters elsewhere in the picture: other rows, by their map alone.
+    moved = vlmprune.VQToken(keep=4, weights=module).select(tokens, budget)
+    turned = tokens_of(x.flip(0), shapes=[shape])
+    back = vlmprune.VQToken(keep=4, weights=module).select(turned, budget)
+    groups = [(index[0] // 6).argsort() for index in (moved.index, 23 - back.index)]
+    torch.testing.assert_close(
+        *(vlmprune.KMeansTokens(keep=4).select(t, budget).features[0][g] for t, g in zip((tokens, turned), groups)),
+        atol=1e-5,
+        rtol=1e-5,
+    )
+    assert (moved.features[0][groups[0]] - back.features[0][groups[1]]).abs().max() > 1e-3
+
+
+def test_no_cluster_sees_those_that_are_not_there() -> None:
+    torch.manual_seed(0)
+    module = vqtoken.VQAttention(16, width=8, heads=2, grid=(1, 2, 2)).eval().requires_grad_(False)
+    torch.nn.init.normal_(module.out.weight)
+    codes, maps = rows(1, 5, 16), rows(1, 5, 4).softmax(2)
+    there = torch.tensor([[True, True, True, False, False]])
+    few = module(codes[:, :3], maps[:, :3], there[:, :3])
+    torch.testing.assert_close(module(codes, maps, there)[:, :3], few)
+
+
+def test_gradients_reach_every_module() -> None:
+    torch.manual_seed(0)
+    module = vqtoken.VQAttention(6, width=8, heads=2, grid=(1, 2, 2))
+    torch.nn.init.normal_(module.out.weight)
+    torch.nn.init.normal_(module.mix[3].weight)
+    tokens = tokens_of(rows(16, 6), shapes=[Geometry.grid(4, 4)])
+    found = vlmprune.VQToken(keep=5, weights=module).select(tokens, torch.tensor([5]))
+    found.features.square().sum().backward()
+    assert not [name for name, each in module.named_parameters() if each.grad is None or not each.grad.any()]
+
+
+def test_save_load_and_errors(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = vqtoken.VQAttention(16, width=8, heads=2, grid=(2, 3, 3))
+    module.save(tmp_path)
+    again = vqtoken.VQAttention.load(tmp_path)
+    assert (again.hidden, again.width, again.heads, again.grid) == (16, 8, 2, (2, 3, 3))
+    for name, value in module.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], value, atol=1e-3, rtol=1e-3)
+    with pytest.raises(ValueError, match=r"vqtoken needs trained weights.*kmeans_tokens"):
+        vlmprune.create_pruner("vqtoken")
+    with pytest.raises(ValueError, match="weights of 'hicom', not of 'vqtoken'"):
+        vlmprune.create_pruner("vqtoken", weights=random_weights.hicom())
+    with pytest.raises(ValueError, match="for a language model of width 16, this one has 6"):
+        vlmprune.VQToken(weights=tmp_path).select(tokens_of(rows(9, 6)), torch.tensor([4]))
 
 
 def test_errors() -> None:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         FreeVideoLLM,
         GlobalCom2,
         GSearch,
+        HICom,
         HIComLocal,
         HoliTom,
         KMeansTokens,
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
         VidCom2,
         VisionDrop,
         VisionZip,
+        VQToken,
     )
     from vlmprune.registry import create_pruner, list_pruners, register_pruner
     from vlmprune.report import ItemReport, PruneReport, StageReport
@@ -95,6 +97,7 @@ _lazy = {
     "FrameFusion": "vlmprune.pruners",
     "FreeVideoLLM": "vlmprune.pruners",
     "GlobalCom2": "vlmprune.pruners",
+    "HICom": "vlmprune.pruners",
     "HIComLocal": "vlmprune.pruners",
     "HoliTom": "vlmprune.pruners",
     "KMeansTokens": "vlmprune.pruners",
@@ -116,6 +119,7 @@ _lazy = {
     "TokenCorrelation": "vlmprune.pruners",
     "TransPrune": "vlmprune.pruners",
     "Uniform": "vlmprune.pruners",
+    "VQToken": "vlmprune.pruners",
     "VisionDrop": "vlmprune.pruners",
     "VisionZip": "vlmprune.pruners",
 }
@@ -141,6 +145,7 @@ __all__ = [
     "GSearch",
     "Geometry",
     "GlobalCom2",
+    "HICom",
     "HIComLocal",
     "HoliTom",
     "Item",
@@ -169,6 +174,7 @@ __all__ = [
     "TokenCorrelation",
     "TransPrune",
     "Uniform",
+    "VQToken",
     "VidCom2",
     "VisionDrop",
     "VisionZip",

@@ -37,6 +37,19 @@ LEFT_OUT: tuple[tuple[str, str, str], ...] = (
         "arXiv 2505.19235",
         "they cut the FFN of the language model, not visual tokens",
     ),
+    (
+        "HICom's released checkpoint",
+        "arXiv 2503.16036",
+        "its language model, vision tower, pooling head and text tower were fine-tuned together with the compressor, "
+        "so its weights cannot be attached to an unmodified model; `hicom` has the modules, and a trainer for them, "
+        "behind a frozen model's projector",
+    ),
+    (
+        "VQToken's released checkpoint",
+        "arXiv 2503.16980",
+        "its vision tower, projector and 0.5B language model were fine-tuned together with VQ-Attention, which the "
+        "released evaluation does not even run; `vqtoken` has the module and a trainer for it",
+    ),
 )
 """Methods, or halves of them, that are not here: name, paper, why."""
 

@@ -16,7 +16,7 @@ from vlmprune.pruners.framefusion import FrameFusion
 from vlmprune.pruners.free_video_llm import FreeVideoLLM
 from vlmprune.pruners.globalcom2 import GlobalCom2
 from vlmprune.pruners.gsearch import GSearch, PSigmoid
-from vlmprune.pruners.hicom import HIComLocal
+from vlmprune.pruners.hicom import HICom, HIComLocal
 from vlmprune.pruners.holitom import HoliTom
 from vlmprune.pruners.merge import Merge
 from vlmprune.pruners.mmtok import MMTok
@@ -35,7 +35,7 @@ from vlmprune.pruners.uniform import Uniform
 from vlmprune.pruners.vidcom2 import VidCom2
 from vlmprune.pruners.visiondrop import VisionDrop
 from vlmprune.pruners.visionzip import VisionZip
-from vlmprune.pruners.vqtoken import KMeansTokens
+from vlmprune.pruners.vqtoken import KMeansTokens, VQToken
 from vlmprune.pruners.yopo import YOPO
 
 __all__ = [
@@ -58,6 +58,7 @@ __all__ = [
     "FreeVideoLLM",
     "GSearch",
     "GlobalCom2",
+    "HICom",
     "HIComLocal",
     "HoliTom",
     "KMeansTokens",
@@ -77,6 +78,7 @@ __all__ = [
     "TokenCorrelation",
     "TransPrune",
     "Uniform",
+    "VQToken",
     "VidCom2",
     "VisionDrop",
     "VisionZip",

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from vlmprune.contract import VisualTokens
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -49,3 +51,13 @@ def load_module(folder: str | Path, method: str, script: str, build: Callable[[d
             f"weights {str(folder)!r} are not a folder that {script} wrote (config.json and model.safetensors): {error}"
         ) from error
     return module.eval().requires_grad_(False)
+
+
+def check_width(method: str, script: str, hidden: int, tokens: VisualTokens) -> None:
+    """Raise ValueError, with one sentence, where modules for rows of width `hidden` meet others."""
+    width = tokens.features.shape[-1]
+    if width != hidden:
+        raise ValueError(
+            f"these weights of {method} are for a language model of width {hidden}, this one has {width}: train others "
+            f"with {script}"
+        )

@@ -1,19 +1,24 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, normalize
 
-from vlmprune.contract import Keep, Positions, Pruner, Selection, VisualTokens
+from vlmprune.contract import Geometry, Keep, Positions, Pruner, Selection, VisualTokens
 from vlmprune.kernels import max_min_select, merge_tokens, pairwise_cosine
-from vlmprune.pruners._places import fill_up, placed
+from vlmprune.pruners._places import fill_up, placed, remaining
+from vlmprune.pruners._weights import check_width, load_module, save_module
 from vlmprune.registry import register_pruner
 
 BLOCK = 1 << 26  # entries of the table of similarities held at a time, 256 MiB in fp32
+GRID = (4, 8, 8)  # frames, rows and columns of the map of a cluster
+SCRIPT = "training/condense.py --method vqtoken"
 LEAST, MOST = 12, 32  # clusters that the elbow chooses between
 
 
@@ -112,37 +117,14 @@ def _likeness(x: Tensor, centres: Tensor, into: Tensor) -> Tensor:
     return cosine_similarity(x, own, dim=-1)
 
 
-@register_pruner
-@dataclass(kw_only=True)
-class KMeansTokens(Pruner):
-    """Cluster all visual tokens of an item and keep the mean of each cluster.
+class _Clustered(Pruner):
+    """What both forms share: clusters, how many, and where their rows stand."""
 
-    VQToken's codebook (arXiv 2503.16980, NeurIPS 2025) without its training: not the published model, a stand-in for
-    `vqtoken`. Blind to the question. K-means on unit rows with cosine assignment (`kmeans`); the row of a cluster is
-    the mean of its tokens, not of their unit rows as published, which loses their size, and stands at the member most
-    like the centre. Their order is that of the picture (published: arbitrary), positions as published compact.
-
-    The first centres are those of greedy max-min diversity, `DivPrune`'s picks, not random: the same input gives the
-    same clusters. A cluster that ends up empty takes over the token least like its own centre, so that `keep` is exact.
-    Line breaks join no cluster, and stay only where `keep` has room for them after all places.
-
-    Attributes:
-        elbow: choose the number of clusters from `least` to `most` by the bend of the distortion over it; a `keep` of
-            less than all then has no further say. The official code forgets that its curve starts at 12 and adds 2
-            twice, which gives 12 most of the time; here the bend is where it is. Runs K-means for every number.
-        iterations, tolerance: of K-means.
-    """
-
-    keep: Keep = MOST
-    positions: Positions = "compact"
-    elbow: bool = False
-    least: int = LEAST
-    most: int = MOST
-    iterations: int = 100
-    tolerance: float = 1e-4
-
-    name: ClassVar[str] = "kmeans_tokens"
-    paper: ClassVar[str] = "after arXiv 2503.16980, without its training"
+    elbow: bool
+    least: int
+    most: int
+    iterations: int
+    tolerance: float
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -153,6 +135,10 @@ class KMeansTokens(Pruner):
                 f"{self.name} needs at least one iteration and a tolerance of at least 0, got {self.iterations!r} and "
                 f"{self.tolerance!r}"
             )
+
+    def finish(self, tokens: VisualTokens, rows: Tensor, into: Tensor) -> Tensor:
+        """[I, K, D]: the rows of the clusters, of their means; `into` int64 [I, N] says who is in which."""
+        return rows
 
     def budget(self, counts: Sequence[int], layer: int = 0, depth: int = 1) -> Sequence[int | None]:
         plain = super().budget(counts, layer, depth)
@@ -165,6 +151,7 @@ class KMeansTokens(Pruner):
         counts = self._bends(tokens, x, mask) if self.elbow else budget
         into, medoid = self._clusters(tokens, x, mask, counts)
         rows, size = merge_tokens(tokens.features, medoid, into)
+        rows = self.finish(tokens, rows, into)
         index = medoid if self.elbow else fill_up(medoid, tokens, budget)
         plain = tokens.features.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, rows.shape[2]))
         return Selection(index, torch.where((medoid < 0)[..., None], plain, rows), size > 1)
@@ -194,3 +181,170 @@ class KMeansTokens(Pruner):
                 curve.append(distortion(rows, *kmeans(rows, start, real, there, self.iterations, self.tolerance)))
             found.append(sizes[elbow(torch.cat(curve)) - 1])
         return torch.tensor(found)
+
+
+@register_pruner
+@dataclass(kw_only=True)
+class KMeansTokens(_Clustered):
+    """Cluster all visual tokens of an item and keep the mean of each cluster.
+
+    VQToken's codebook (arXiv 2503.16980, NeurIPS 2025) without its training: not the published model, a stand-in for
+    `vqtoken`. Blind to the question. K-means on unit rows with cosine assignment (`kmeans`); the row of a cluster is
+    the mean of its tokens, not of their unit rows as published, which loses their size, and stands at the member most
+    like the centre. Their order is that of the picture (published: arbitrary), positions as published compact.
+
+    The first centres are those of greedy max-min diversity, `DivPrune`'s picks, not random: the same input gives the
+    same clusters. A cluster that ends up empty takes over the token least like its own centre, so that `keep` is exact.
+    Line breaks join no cluster, and stay only where `keep` has room for them after all places.
+
+    Attributes:
+        elbow: choose the number of clusters from `least` to `most` by the bend of the distortion over it; a `keep` of
+            less than all then has no further say. The official code forgets that its curve starts at 12 and adds 2
+            twice, which gives 12 most of the time; here the bend is where it is. Runs K-means for every number.
+        iterations, tolerance: of K-means.
+    """
+
+    keep: Keep = MOST
+    positions: Positions = "compact"
+    elbow: bool = False
+    least: int = LEAST
+    most: int = MOST
+    iterations: int = 100
+    tolerance: float = 1e-4
+
+    name: ClassVar[str] = "kmeans_tokens"
+    paper: ClassVar[str] = "after arXiv 2503.16980, without its training"
+
+
+class VQAttention(nn.Module):
+    """The trained part of VQToken: what a cluster says of where and when its tokens are.
+
+    Args:
+        hidden: D, width of the language model.
+        width: of the attention, a multiple of `heads`.
+        grid: frames, rows and columns of the map that a cluster's tokens are counted on.
+    """
+
+    def __init__(self, hidden: int, width: int = 64, heads: int = 4, grid: Sequence[int] = GRID) -> None:
+        super().__init__()
+        self.hidden, self.width, self.heads, self.grid = hidden, width, heads, tuple(grid)
+        self.codes = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, width))
+        self.hash = nn.Sequential(nn.Linear(math.prod(self.grid), 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.out = nn.Linear(width, hidden)
+        self.mix = nn.Sequential(
+            nn.LayerNorm(hidden), nn.Linear(hidden, 2 * hidden), nn.GELU(), nn.Linear(2 * hidden, hidden)
+        )
+        # At first a cluster's row is its mean.
+        for last in (self.out, self.mix[3]):
+            nn.init.zeros_(last.weight)  # type: ignore[arg-type]
+            nn.init.zeros_(last.bias)  # type: ignore[arg-type]
+
+    def forward(self, codebook: Tensor, maps: Tensor, there: Tensor) -> Tensor:
+        """fp32 [I, K, D]: b + attention with Q = K = codebook and V = MLP(map), then a residual MLP.
+
+        Args:
+            codebook: [I, K, D].
+            maps: fp32 [I, K, cells], `occupancy`.
+            there: bool [I, K], which clusters there are; at least one an item.
+        """
+        rows = codebook.float()
+        codes = self.codes(rows)
+        found = self.attention(codes, codes, self.hash(maps), key_padding_mask=~there, need_weights=False)[0]
+        rows = rows + self.out(found)
+        return rows + self.mix(rows)
+
+    def save(self, folder: str | Path, **notes: Any) -> None:
+        """Write `model.safetensors` (fp16) and `config.json`; `notes` go into the latter."""
+        shape = {"hidden": self.hidden, "width": self.width, "heads": self.heads, "grid": list(self.grid)}
+        save_module(self, folder, torch.float16, method="vqtoken", **shape, **notes)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> VQAttention:
+        """Read what `save` wrote, on the CPU, in fp32.
+
+        Raises:
+            ValueError: no such folder, or weights that do not fit its config.
+        """
+        names = ("hidden", "width", "heads", "grid")
+        return load_module(folder, "vqtoken", SCRIPT, lambda config: cls(*(config[name] for name in names)))
+
+
+def cells(geometry: Geometry, grid: Sequence[int]) -> Tensor:
+    """int64 [N] on the CPU: the cell of a frames x rows x columns grid over the item that each token lies in, or -1."""
+    sizes = torch.tensor(geometry.grids)[geometry.plane]
+    where = (geometry.plane, geometry.row, geometry.col)
+    extents = (torch.full_like(geometry.plane, len(geometry.grids)), sizes[:, 0], sizes[:, 1])
+    place = torch.zeros_like(geometry.plane)
+    for at, extent, parts in zip(where, extents, grid):
+        place = place * parts + at.clamp(min=0) * parts // extent
+    return place.masked_fill(geometry.placeless, -1)
+
+
+def occupancy(into: Tensor, cell: Tensor, clusters: int, size: int) -> Tensor:
+    """fp32 [I, K, size]: the share of each cluster's tokens that lie in each cell; the index map, cluster by cluster.
+
+    Args:
+        into: int64 [I, N], the cluster of each token, -1 for none.
+        cell: int64 [I, N], -1 for none.
+    """
+    # Counts are whole numbers: their sum does not depend on its order.
+    slot = torch.where((into < 0) | (cell < 0), clusters * size, into * size + cell)
+    counts = torch.zeros(len(into), clusters * size + 1, device=into.device)
+    counts = counts.scatter_add(1, slot, torch.ones_like(slot, dtype=counts.dtype))[:, :-1].view(-1, clusters, size)
+    return counts / counts.sum(2, keepdim=True).clamp(min=1)
+
+
+@register_pruner
+@dataclass(kw_only=True)
+class VQToken(_Clustered):
+    """Cluster all visual tokens of an item, and let each cluster's row tell where and when its tokens are.
+
+    "Neural Discrete Token Representation Learning for Extreme Token Reduction in Video Large Language Models", NeurIPS
+    2025, arXiv 2503.16980. Trained, blind to the question. The codebook is that of `kmeans_tokens`, the token hash is
+    the map of which token is in which cluster, and VQ-Attention puts the second into the first: Q = K = codebook,
+    V = MLP(map), as in the paper (`VQAttention`).
+
+    The released weights belong to a LLaVA-OneVision 0.5B fine-tuned with them, vision tower included, and make no sense
+    in another language model: they are not read here. `weights` is a folder written by `training/condense.py`, for one
+    language model, which stays as it is; without weights there is `kmeans_tokens`. The released code attends the other
+    way round (rows of the map, one per frame, ask the codebook, the smaller set repeated to the size of the larger) and
+    at its last state does not run this module at all. Decided here: the map of a cluster is the share of its tokens in
+    each cell of a `grid` over frames, rows and columns, so that any number of frames and tokens fits; the codebook
+    holds plain means, which keep their size; a residual MLP follows, and no norm, since the language model is not
+    trained along.
+
+    Attributes:
+        weights: the folder, or the module itself.
+        elbow, least, most, iterations, tolerance: as in `kmeans_tokens`.
+    """
+
+    keep: Keep = MOST
+    positions: Positions = "compact"
+    weights: str | Path | VQAttention | None = field(default=None, compare=False)
+    elbow: bool = False
+    least: int = LEAST
+    most: int = MOST
+    iterations: int = 100
+    tolerance: float = 1e-4
+
+    name: ClassVar[str] = "vqtoken"
+    paper: ClassVar[str] = "arXiv 2503.16980"
+    trained: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.weights is None:
+            raise ValueError(
+                f"vqtoken needs trained weights: give weights= a folder that {SCRIPT} wrote, or use kmeans_tokens"
+            )
+        self._module = self.weights if isinstance(self.weights, VQAttention) else VQAttention.load(self.weights)
+
+    def finish(self, tokens: VisualTokens, rows: Tensor, into: Tensor) -> Tensor:
+        check_width(self.name, SCRIPT, self._module.hidden, tokens)
+        module, clusters = self._module.to(rows.device), rows.shape[1]
+        cell = remaining(tokens, [cells(shape, module.grid) + 1 for shape in tokens.shapes]) - 1
+        maps = occupancy(into, cell, clusters, math.prod(module.grid))
+        there = maps.sum(2) > 0
+        first = torch.arange(clusters, device=rows.device) == 0
+        return module(rows, maps, there | first).to(rows.dtype)
