@@ -172,6 +172,9 @@ class EveryOther(Pruner):
     def encoder_layers(self, depth):
         return tuple(range(depth))
 
+    def encoder_rows(self, count, layer, depth):
+        return -(-count // 2 ** (layer + 1))
+
     def reduce(self, patches):
         first = torch.arange(patches.prefix)
         keep = torch.cat([first, torch.arange(patches.prefix, patches.features.shape[1], 2)])
@@ -201,6 +204,151 @@ def test_report_equals_the_counter_where_the_tower_gets_shorter(family):
     tower = measured[f"{top}.model.vision_tower"]
     assert pruned.vision_tower == pytest.approx(tower, rel=0.01)
     assert report.flops_pruned == pytest.approx(measured["Global"], rel=0.01)
+
+
+@pytest.mark.parametrize(("kind", "pruner"), [("image", "uniform"), ("video", "uniform"), ("image", "every other")])
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_estimate_equals_the_counter(family, kind, pruner):
+    """Of every family's images and videos, three rows alike, before anything ran; the head on every position left."""
+    if kind == "video" and not family.video_tokens:
+        pytest.skip("no videos")
+    method = EveryOther() if pruner == "every other" else vlmprune.Uniform(keep=0.4)
+    if pruner == "every other" and "encoder_kept" in family.lacks:
+        model = family.model()
+        with pytest.raises(ValueError, match="inside the vision tower"):
+            estimate_flops(model, text_tokens=4, visual_tokens=12, pruner=method)
+        return
+    model = family.model()
+    model.set_experts_implementation("eager")
+    row = [1, 2, (kind, 0), 3, (kind, 0), 4, 5]
+    inputs = family.inputs([row] * 3)
+    full = count(model, **inputs, logits_to_keep=1)
+    with vlmprune.prune(model, method) as session:
+        pruned = count(model, **inputs, logits_to_keep=1)
+    items = [item for item in session.last.items if item.sample == 0]
+    pictures = [grid for item in items for grid in item.geometry.pictures]
+    visual = [item.tokens_before for item in items]
+    estimate = estimate_flops(
+        model,
+        text_tokens=session.last.length - sum(visual),
+        visual_tokens=visual,
+        pruner=method,
+        images=pictures if kind == "image" else None,
+        frames=pictures if kind == "video" else 0,
+        batch=3,
+    )
+    assert estimate.full == pytest.approx(full["Global"], rel=0.01)
+    assert estimate.pruned == pytest.approx(pruned["Global"], rel=0.01)
+    assert estimate.pruned < 0.99 * estimate.full
+    assert (estimate.kv_bytes_full, estimate.kv_bytes_pruned) == (
+        session.last.kv_bytes_full,
+        session.last.kv_bytes_pruned,
+    )
+
+
+@pytest.mark.parametrize("family", ["llava-clip-llama", "llava-siglip-qwen2", "llava-next", "llava-onevision"])
+@pytest.mark.parametrize("keep", [0.5, 0.2, 3])
+@pytest.mark.parametrize("name", ["tome", "pitome"])
+def test_estimate_of_merging_inside_the_tower_is_what_a_run_reports(family, name, keep):
+    case = FAMILIES[family]
+    model = case.model()
+    with torch.no_grad(), vlmprune.prune(model, name, keep=keep) as session:
+        model(**case.inputs([[1, 2, ("image", 0), 3]]), logits_to_keep=1)
+    report, (item,) = session.last, session.last.items
+    estimate = estimate_flops(
+        model,
+        text_tokens=report.length - item.tokens_before,
+        visual_tokens=item.tokens_before,
+        pruner=session.pruner,
+        images=item.geometry.pictures,
+    )
+    assert estimate.prefill_pruned == report.flops[1]
+    assert estimate.kv_bytes_pruned == report.kv_bytes_pruned
+    assert estimate.prefill_pruned.vision_tower < estimate.prefill_full.vision_tower
+
+
+def test_estimate_of_mustdrop_in_all_its_stages_is_what_a_run_reports():
+    """A merge in the tower, three stages in the decoder, and a cache that is cut behind the prefill."""
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4, image_size=36, patch_size=4
+    )
+    text = LlamaConfig(
+        hidden_size=64, intermediate_size=104, num_hidden_layers=6, num_attention_heads=4, vocab_size=40, pad_token_id=0
+    )
+    model = llava(LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE))
+    ids = torch.randint(3, IMAGE, (1, 90))
+    ids[:, 2:83] = IMAGE
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(1, 3, 36, 36)}
+    schedule = {"layer_list": (2, 3, 4), "ratios": (0.5, 0.25, 0.1), "model_depth": 6}
+    for tower_keep in (0.5, None):
+        method = vlmprune.MustDrop(keep=0.5, tower_keep=tower_keep, **schedule)
+        with torch.no_grad(), vlmprune.prune(model, method) as session:
+            model(**inputs, logits_to_keep=1)
+        estimate = estimate_flops(model, text_tokens=9, visual_tokens=81, pruner=method)
+        assert estimate.prefill_pruned == session.last.flops[1]
+        assert estimate.kv_bytes_pruned == session.last.kv_bytes_pruned
+        assert estimate.kv_bytes_full == session.last.kv_bytes_full == kv_cache_bytes(model, layer_tokens=90)
+
+
+def test_only_a_run_can_tell_of_a_tower_stage_without_declared_rows():
+    class Undeclared(EveryOther):
+        def encoder_rows(self, count, layer, depth):
+            return None
+
+    with pytest.raises(ValueError, match="only a run can tell"):
+        estimate_flops(llava_config(), text_tokens=4, visual_tokens=36, pruner=Undeclared())
+
+
+WINDOWS = {
+    "mistral": (MistralConfig, {"sliding_window": 20}),
+    "qwen2-mixed": (
+        Qwen2Config,
+        {"sliding_window": 20, "use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"] * 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("pruner", [None, vlmprune.Uniform(keep=0.3), vlmprune.FastV(keep=0.6, layer=2)])
+@pytest.mark.parametrize("text", WINDOWS)
+def test_sliding_windows(text, pruner):
+    """KV bytes of all layers behind the prefill and at the end, and the FLOPs of decoding: a window of 20 keys."""
+    kind, fields = WINDOWS[text]
+    config = llava_config()
+    config.text_config = kind(
+        hidden_size=64,
+        intermediate_size=104,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=40,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=None,
+        **fields,
+    )
+    for text_tokens in (5, -27):  # longer than the window; and one that decoding fills
+        model = llava(config)
+        visual = 36 if text_tokens > 0 else 0
+        inputs = prompt(config, text_tokens) if visual else {"input_ids": torch.randint(3, IMAGE, (1, 9 + 5))}
+        method = pruner or vlmprune.Uniform(keep=1.0)
+        with torch.no_grad(), vlmprune.prune(model, method) as session:
+            first = count(model.generate, **inputs, max_new_tokens=1, do_sample=False)["Global"]
+            whole = count(model.generate, **inputs, max_new_tokens=13, do_sample=False, min_new_tokens=13)["Global"]
+            out = model.generate(**inputs, max_new_tokens=13, do_sample=False, return_dict_in_generate=True)
+        estimate = estimate_flops(
+            model,
+            text_tokens=inputs["input_ids"].shape[1] - visual,
+            visual_tokens=visual,
+            pruner=pruner,
+            new_tokens=12,
+        )
+        held = sum(
+            t.numel() * t.element_size() for layer in out.past_key_values.layers for t in (layer.keys, layer.values)
+        )
+        assert estimate.kv_bytes_end_pruned == held
+        assert estimate.kv_bytes_pruned == session.last.kv_bytes_pruned
+        assert estimate.kv_bytes_full == session.last.kv_bytes_full
+        assert estimate.decode_pruned.total == pytest.approx(whole - first, rel=0.01)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -15,6 +15,7 @@ from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
     StaticCache,
+    StaticLayer,
     StaticSlidingWindowLayer,
 )
 from transformers.masking_utils import create_causal_mask
@@ -39,9 +40,10 @@ class PrunedLayer(CacheLayerMixin):
     on the wrapped layer and on the map alike, so beam search and reused caches stay exact.
     """
 
-    def __init__(self, inner: Any) -> None:
+    def __init__(self, inner: Any, window: int | None = None) -> None:
         # No super().__init__(): it would set `keys` and `values`, which belong to the wrapped layer.
         self.inner = inner
+        self.window = window  # the sliding window that it would have had unpruned
         self.columns: Tensor | None = None
         self.hidden = 0  # columns that were seen and are not held
         self.padded = False  # whether `columns` holds a -1
@@ -213,14 +215,15 @@ def wrap_layers(cache: Cache, first: int, depth: int) -> list[PrunedLayer]:
     while len(cache.layers) < depth:
         cache.layers.append(DynamicLayer())
     for index in range(first, depth):
-        layer = cache.layers[index]
+        layer, window = cache.layers[index], None
         if isinstance(layer, DynamicSlidingWindowLayer):
+            window = layer.sliding_window
             # Its window counts held keys, ours counts original columns: hold all, and let the mask do the windowing.
             layer = unwindowed(layer)
         if isinstance(layer, StaticSlidingWindowLayer):
             raise ValueError("a StaticCache with a sliding window cannot hold a pruned prompt: use DynamicCache")
         if not isinstance(layer, PrunedLayer):
-            cache.layers[index] = PrunedLayer(layer)
+            cache.layers[index] = PrunedLayer(layer, window)
     return cache.layers[first:depth]  # type: ignore[return-value]
 
 
@@ -249,3 +252,18 @@ def kv_bytes(cache: Any) -> list[int]:
         sum(part.numel() * part.element_size() for part in (layer.keys, layer.values) if part is not None)
         for layer in cache.layers
     ]
+
+
+def unpruned_kv_bytes(cache: Any, length: int) -> list[int]:
+    """Bytes that each layer would hold behind `length` columns had nothing been pruned."""
+    sizes = []
+    for layer, held in zip(cache.layers, kv_bytes(cache)):
+        inner = layer.inner if isinstance(layer, PrunedLayer) else layer
+        if isinstance(inner, StaticLayer) or layer.keys is None:
+            sizes.append(held)
+            continue
+        window = layer.window if isinstance(layer, PrunedLayer) else getattr(inner, "sliding_window", None)
+        rows, heads, _, width = layer.keys.shape
+        whole = length if window is None else min(length, window - 1)
+        sizes.append(rows * heads * whole * (width + layer.values.shape[-1]) * layer.keys.element_size())
+    return sizes

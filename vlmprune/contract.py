@@ -440,6 +440,13 @@ class Pruner(ABC):
         """
         return ()
 
+    def encoder_rows(self, count: int, layer: int, depth: int) -> int | None:
+        """Patches, of a picture's `count`, that `reduce` leaves behind `layer` of the tower (see `encoder_layers`).
+
+        None where only a run can tell; estimates of cost refuse such a method.
+        """
+        return None
+
     @property
     def proportional(self) -> bool:
         """Whether attention in the tower weighs a row by the number of patches it stands for, behind `reduce`."""
@@ -452,6 +459,13 @@ class Pruner(ABC):
     def cache_layers(self, depth: int) -> tuple[int, ...]:
         """Decoder layers, of `depth`, whose KV cache it cuts behind the prefill and, as `cache_due` says, later."""
         return ()
+
+    def cache_budget(self, count: int, left: int, layer: int, depth: int) -> int:
+        """Of an item's `left` tokens, out of `count`, that `layer` computes: how many its cache holds.
+
+        For estimates of cost; `select_cache` is what chooses.
+        """
+        return left
 
     def cache_due(self, step: int) -> bool:
         """Whether the cache is cut behind this step: 0 is the prefill, n the n-th decoded token."""

@@ -12,6 +12,8 @@ acts inside the decoder leaves later layers shorter.
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -22,7 +24,7 @@ from typing import Any
 from vlmprune.contract import TARGETS, Pruner, budget, parse_target
 from vlmprune.conventions import COUNTER, find_convention
 from vlmprune.registry import create_pruner
-from vlmprune.vision_flops import FAMILIES, TOWERS, Grid, Rows, attention, linear
+from vlmprune.vision_flops import FAMILIES, TOWERS, Grid, Rows, attention, feature_depth, linear, tower_rows
 
 Counts = float | Sequence[float]
 """Tokens in every decoder layer, or in each; whole numbers except where a paper's convention takes a mean."""
@@ -142,6 +144,7 @@ def estimate_flops(
     visual_tokens: int | Sequence[int],
     pruner: Pruner | str | None = None,
     images: Pictures | None = None,
+    frames: Pictures = 0,
     batch: int = 1,
     new_tokens: int = 1,
     logits_tokens: int = 1,
@@ -156,11 +159,13 @@ def estimate_flops(
         text_tokens: tokens of the prompt that are not visual, per row.
         visual_tokens: visual tokens of the prompt's image, or one count per item; 0 for a prompt without image.
         pruner: a method or its name; None prunes nothing. Of a method that decides for each image how much it keeps
-            (its `budget` is None), what its `keep` asks for on average is taken. The tower is counted whole, also for
-            methods that merge inside it; the report of a run knows its rows.
+            (its `budget` is None), what its `keep` asks for on average is taken. Methods that merge inside the vision
+            tower leave as many tokens as its pictures have rows left, and what LLaVA-NeXT cuts away at its borders is
+            taken to hold its share of them.
         images: pictures that pass the vision tower, per row: patch grids, or a number of those of the config's size. By
             default as many as an item's count tells, at least; where images come in any size or lose tokens before the
-            boundary (Qwen-VL's windows, LLaVA-NeXT's padding) only the grids are exact.
+            boundary (Qwen-VL's windows, LLaVA-NeXT's padding) only the grids are exact. With `frames` given, 0.
+        frames: the same of videos: frames, for Qwen-VL `temporal_patch_size` of them together.
         batch: rows, all alike.
         new_tokens: decode steps that `decode_*` and `kv_bytes_end_*` cover.
         logits_tokens: positions per row that pass the head; `generate()` asks for the last one only.
@@ -189,45 +194,99 @@ def estimate_flops(
     if isinstance(pruner, str):
         pruner = create_pruner(pruner)
     if images is None:
-        images = [grid for count in counts for grid in FAMILIES[config.model_type].pictures(config, count)]
-    images = images * batch if isinstance(images, int) else list(images) * batch
+        videos = bool(frames)
+        images = [] if videos else [g for count in counts for g in FAMILIES[config.model_type].pictures(config, count)]
+    images, frames = _grids(config, images), _grids(config, frames)
     if element_bytes is None:
         element_bytes = _element_bytes(model_or_config, config)
 
-    def cost(tokens: list[float]) -> tuple[Flops, Flops, int, int]:
-        ends = [count + new_tokens for count in tokens]
+    def cost(
+        tokens: list[float], held: list[float], pruned_from: int | None, rows: Rows
+    ) -> tuple[Flops, Flops, int, int]:
+        ends = [count + new_tokens for count in held]
+        cache: Any = {"batch": batch, "element_bytes": element_bytes, "pruned_from": pruned_from}
         return (
             prefill_flops(
                 config,
                 layer_tokens=tokens,
-                images=images,
+                images=images * batch,
+                frames=frames * batch,
+                image_rows=rows,
+                frame_rows=rows,
                 batch=batch,
                 logits_tokens=logits_tokens,
                 convention=convention,
             ),
             decode_flops(
                 config,
-                layer_tokens=[count + 1 for count in tokens],
+                layer_tokens=[count + 1 for count in held],
                 batch=batch,
                 steps=new_tokens,
+                pruned_from=pruned_from,
                 convention=convention,
             ),
-            kv_cache_bytes(config, layer_tokens=tokens, batch=batch, element_bytes=element_bytes),
-            kv_cache_bytes(config, layer_tokens=ends, batch=batch, element_bytes=element_bytes),
+            kv_cache_bytes(config, layer_tokens=held, **cache),
+            kv_cache_bytes(config, layer_tokens=ends, **cache),
         )
 
     depth = config.text_config.num_hidden_layers
     full: list[float] = [text_tokens + sum(counts)] * depth
-    pruned, selection, left = list(full), 0, counts
+    pruned, held, selection, left = list(full), list(full), 0, counts
+    pruned_from, rows = None, None
     if pruner is not None and counts:
+        rows, inside = _encoder(pruner, config, images + frames, bool(frames), sum(counts))
+        by_layer = [counts] * depth
         for stage in pruner.layers(depth):
-            reached, left = left, _left(pruner, counts, stage, depth)
-            pruned[stage:] = [text_tokens + sum(left)] * (depth - stage)
+            reached = left
+            left = [min(pair) for pair in zip(left, _left(pruner, counts, stage, depth, inside))]
+            by_layer[stage:] = [left] * (depth - stage)
             selection += batch * _selection_flops(pruner, reached, left, config.text_config.hidden_size)
-    (prefill_full, decode_full, kv_full, end_full), (prefill, decode, kv, end) = cost(full), cost(pruned)
+            if left != reached and pruned_from is None:
+                pruned_from = stage
+        pruned = [text_tokens + sum(own) for own in by_layer]
+        cut = pruner.cache_layers(depth)
+        for layer in cut:
+            cached = (pruner.cache_budget(count, now, layer, depth) for count, now in zip(counts, by_layer[layer]))
+            by_layer[layer] = list(cached)
+        held = [text_tokens + sum(own) for own in by_layer]
+        pruned_from = min((each for each in (pruned_from, *cut) if each is not None), default=None)
+    prefill_full, decode_full, kv_full, end_full = cost(full, full, None, None)
+    prefill, decode, kv, end = cost(pruned, held, pruned_from, rows)
     return FlopsEstimate(
         full[-1], pruned[-1], prefill_full, prefill, decode_full, decode, kv_full, kv, end_full, end, selection
     )
+
+
+def _grids(config: Any, pictures: Pictures) -> list[Grid]:
+    if isinstance(pictures, int):
+        return FAMILIES[config.model_type].pictures(config, 1)[:1] * pictures
+    return list(pictures)
+
+
+def _encoder(pruner: Pruner, config: Any, grids: Sequence[Grid], video: bool, tokens: int) -> tuple[Rows, float | None]:
+    """Rows in each layer of the tower under a method that merges there, and the share of `tokens` that this leaves.
+
+    Raises:
+        ValueError: a family whose tower cannot be shortened, or a method of which only a run can tell.
+    """
+    if not pruner.encoder_layers(2):
+        return None, None
+    if not (FAMILIES[config.model_type].shortens and isinstance(config.vision_feature_layer, int)):
+        raise ValueError(
+            f"{pruner.name} merges inside the vision tower, which {config.model_type} does not allow: use a method "
+            'that works behind it, or where="boundary" where the method has that.'
+        )
+    depth = feature_depth(config)
+    count = grids[0][0] * grids[0][1]
+    pooled = video and hasattr(config, "spatial_pool_stride")
+    if pooled or len(set(grids)) > 1 or pruner.encoder_rows(count, 0, depth) is None:
+        raise ValueError(
+            f"of {pruner.name} inside this vision tower only a run can tell the cost: read session.last.flops."
+        )
+    rows = tower_rows(config, grids[0], pruner.encoder_rows, pruner.encoder_layers(depth))
+    behind = [pruner.encoder_rows(count, layer, depth) for layer in pruner.encoder_layers(depth)]
+    # Line breaks, which are tokens but no patches, go.
+    return rows, min(left for left in behind if left is not None) / max(count, tokens / len(grids))
 
 
 _SHARES = {
@@ -245,6 +304,7 @@ def solve_keep(
     text_tokens: int,
     visual_tokens: int | Sequence[int],
     images: Pictures | None = None,
+    frames: Pictures = 0,
 ) -> float:
     """The largest keep ratio with which `pruner` costs no more than `target`, such as "flops:0.3" or "kv:0.2".
 
@@ -252,7 +312,7 @@ def solve_keep(
     other fields stay as they are. The answer holds for prompts of that shape, and is found by bisection to 1e-9.
 
     Args:
-        model_or_config, text_tokens, visual_tokens, images: see `estimate_flops`.
+        model_or_config, text_tokens, visual_tokens, images, frames: see `estimate_flops`.
         pruner: a method or its name; its own `keep` is ignored.
         target: share of the unpruned cost: "flops:" of the prefill with the vision tower, "decoder:" of the prefill's
             decoder layers, "kv:" of the KV cache after the prefill.
@@ -271,7 +331,12 @@ def solve_keep(
 
     def cost(keep: float) -> float:
         estimate = estimate_flops(
-            config, text_tokens=text_tokens, visual_tokens=counts, pruner=replace(method, keep=keep), images=images
+            config,
+            text_tokens=text_tokens,
+            visual_tokens=counts,
+            pruner=replace(method, keep=keep),
+            images=images,
+            frames=frames,
         )
         return float(value(estimate))
 
@@ -303,8 +368,11 @@ def _boundary(low: float, high: float, beyond: Any) -> tuple[float, float]:
     return low, high
 
 
-def _left(pruner: Pruner, counts: Sequence[int], stage: int, depth: int) -> list[int]:
+def _left(pruner: Pruner, counts: Sequence[int], stage: int, depth: int, inside: float | None) -> list[int]:
+    """Tokens of every item behind a stage; `inside` is the share that the tower's stage left."""
     budgets = list(pruner.budget(counts, stage, depth))
+    if stage == 0 and inside is not None:
+        return [round(count * inside) for count in counts]
     if None in budgets and tuple(pruner.layers(depth)) != (0,):
         raise ValueError(
             f"{pruner.name} decides for each image how much it keeps in each layer, so only a run can tell its cost: "
@@ -370,10 +438,16 @@ def prefill_flops(
 
 
 def decode_flops(
-    model_or_config: Any, *, layer_tokens: Counts, batch: int = 1, steps: int = 1, convention: str = COUNTER
+    model_or_config: Any,
+    *,
+    layer_tokens: Counts,
+    batch: int = 1,
+    steps: int = 1,
+    pruned_from: int | None = None,
+    convention: str = COUNTER,
 ) -> Flops:
     """FLOPs of `steps` decode steps, the first of which sees `layer_tokens` keys per row in each layer, its own among
-    them, and each further one a key more.
+    them, and each further one a key more, up to a sliding window's size (see `kv_cache_bytes` for `pruned_from`).
     """
     config = resolve_config(model_or_config)
     keys = _per_layer(layer_tokens, config.text_config, "layer_tokens")
@@ -382,41 +456,72 @@ def decode_flops(
             f"a decode step sees at least itself: layer_tokens must not be negative or 0, got {min(keys)}."
         )
 
+    windows = _windows(config, pruned_from)
+
     def step(number: int) -> Flops:
-        cached = [count - 1 + number for count in keys]
+        cached = [_within(count - 1 + number, window) for count, window in zip(keys, windows)]
         return prefill_flops(config, layer_tokens=1, cached_tokens=cached, batch=batch, convention=convention)
 
-    # Cost is linear in the keys: the first and the last step tell the sum.
-    first, last = step(0), step(max(steps - 1, 0))
+    # Cost is linear in the keys, but for windows that fill up on the way.
+    full = {math.ceil(window - count) for count, window in zip(keys, windows) if window and 0 < window - count < steps}
+    bends = sorted({0, steps, *full})
+    parts = [(step(start), step(max(stop - 1, start)), stop - start) for start, stop in itertools.pairwise(bends)]
 
-    def total(before: int, after: int) -> int:
-        return (before + after) * steps // 2
+    def total(of: Any) -> int:
+        return sum((of(first) + of(last)) * count // 2 for first, last, count in parts)
 
     return Flops(
         vision_tower=0,
         projector=0,
         layers=tuple(
-            LayerFlops(total(a.projections, b.projections), total(a.attention, b.attention), total(a.mlp, b.mlp))
-            for a, b in zip(first.layers, last.layers)
+            LayerFlops(
+                total(lambda flops, i=i: flops.layers[i].projections),
+                total(lambda flops, i=i: flops.layers[i].attention),
+                total(lambda flops, i=i: flops.layers[i].mlp),
+            )
+            for i in range(len(keys))
         ),
-        lm_head=total(first.lm_head, last.lm_head),
+        lm_head=total(lambda flops: flops.lm_head),
     )
 
 
 def kv_cache_bytes(
-    model_or_config: Any, *, layer_tokens: Counts, batch: int = 1, element_bytes: int | None = None
+    model_or_config: Any,
+    *,
+    layer_tokens: Counts,
+    batch: int = 1,
+    element_bytes: int | None = None,
+    pruned_from: int | None = None,
 ) -> int:
-    """Bytes of keys and values when each decoder layer holds `layer_tokens` positions per row.
+    """Bytes of keys and values of a DynamicCache behind `layer_tokens` positions per row in each decoder layer.
 
-    A sliding window is not taken into account: a pruned cache holds all its keys, an unpruned one may drop old ones.
+    A layer with a sliding window of W keeps the last W - 1. From decoder layer `pruned_from` on the cache is pruned:
+    there a layer keeps all of its positions, for the window counts columns that are gone, too.
     """
     config = resolve_config(model_or_config)
     if element_bytes is None:
         element_bytes = _element_bytes(model_or_config, config)
     text = config.text_config
     _, kv_heads, head_dim = _heads(text)
-    positions = sum(_per_layer(layer_tokens, text, "layer_tokens"))
+    counts = _per_layer(layer_tokens, text, "layer_tokens")
+    positions = sum(_within(count, window) for count, window in zip(counts, _windows(config, pruned_from)))
     return round(2 * batch * kv_heads * head_dim * positions * element_bytes)
+
+
+def _windows(config: Any, pruned_from: int | None) -> list[int | None]:
+    """Size of each decoder layer's sliding window, None where its cache keeps everything."""
+    text = config.text_config
+    depth, size = text.num_hidden_layers, getattr(text, "sliding_window", None)
+    types = getattr(text, "layer_types", None) or ["sliding_attention"] * depth
+    return [
+        size if kind == "sliding_attention" and (pruned_from is None or layer < pruned_from) else None
+        for layer, kind in enumerate(types)
+    ]
+
+
+def _within(count: float, window: int | None) -> float:
+    """Positions, of `count`, that a cache layer keeps."""
+    return count if window is None else min(count, window - 1)
 
 
 def resolve_config(model_or_config: Any) -> Any:

@@ -78,6 +78,7 @@ class PruneReport:
         columns: int64 [B, P], original column (within the call) of every row position left at the end, -1 for padding;
             None if nothing was removed. Column j of the call's logits belongs to `columns[:, j]`.
         kv_bytes: bytes that each layer's cache held after the call; empty without a cache.
+        kv_bytes_unpruned: bytes that it would have held unpruned.
         encoder_rows: "image" or "video" -> rows of a picture in each layer of the vision tower, where the method merged
             between them.
     """
@@ -92,6 +93,7 @@ class PruneReport:
     logits_to_keep: int
     columns: Tensor | None = None
     kv_bytes: list[int] = field(default_factory=list)
+    kv_bytes_unpruned: list[int] = field(default_factory=list)
     encoder_rows: dict[str, list[int]] = field(default_factory=dict)
     config: Any = field(default=None, repr=False)
     timers: list[Callable[[], float]] = field(default_factory=list, repr=False)
@@ -186,8 +188,7 @@ class PruneReport:
     @property
     def kv_bytes_full(self) -> int:
         """Bytes that the KV cache would have held unpruned."""
-        held = [past + tokens for past, tokens in zip(self.cached_tokens, self.layer_tokens)]
-        return sum(size // n * (self.seen + self.length) for size, n in zip(self.kv_bytes, held) if n)
+        return sum(self.kv_bytes_unpruned)
 
     @property
     def selection_seconds(self) -> float:

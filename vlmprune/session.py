@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from vlmprune.adapters import adapter_for
-from vlmprune.cache import CACHE_ARGUMENT, OLD_CACHE_ARGUMENT, cache_of, is_pruned, kv_bytes
+from vlmprune.cache import CACHE_ARGUMENT, OLD_CACHE_ARGUMENT, cache_of, is_pruned, kv_bytes, unpruned_kv_bytes
 from vlmprune.contract import Geometry, Item, Pruner, VisualTokens
 from vlmprune.course import Course, padding_mask
 from vlmprune.eviction import Eviction
@@ -154,14 +154,17 @@ class Session:
             length = course.length if shown is None else int(shown[row].sum())
             key = (length - sum(counts), counts)
             if key not in self._solved:
-                pictures = [picture for each in own for picture in each.geometry.pictures]
+                pictures: dict[str, list[Any]] = {"image": [], "video": []}
+                for each in own:
+                    pictures[each.geometry.kind] += each.geometry.pictures
                 solved = solve_keep(
                     self.adapter.config,
                     self.pruner,
                     keep,
                     text_tokens=key[0],
                     visual_tokens=counts,
-                    images=pictures if all(each.geometry.kind == "image" for each in own) else None,
+                    images=pictures["image"],
+                    frames=pictures["video"],
                 )
                 self._solved[key] = replace(self.pruner, keep=solved)
             methods[row] = self._solved[key]
@@ -370,6 +373,7 @@ class Session:
                 self._last.record_cache(kept)
         if self._last is not None and not self._last.kv_bytes and cache is not None:
             self._last.kv_bytes = kv_bytes(cache)
+            self._last.kv_bytes_unpruned = unpruned_kv_bytes(cache, self._last.seen + self._last.length)
         if self.adapter.model is self.adapter.core:
             self._call, self._course, self._live = {}, None, []
 

@@ -33,10 +33,12 @@ class Vision:
         cost: (config, patch grid, whether it is a frame of a video, rows in each layer) -> FLOPs of (tower, projector)
             for one picture.
         pictures: (config, visual tokens of one image) -> patch grids of its pictures, as far as the count tells.
+        shortens: whether methods can merge patches between the layers of its tower.
     """
 
     cost: Callable[[Any, Grid, bool, Rows], tuple[int, int]]
     pictures: Callable[[Any, int], list[Grid]]
+    shortens: bool = False
 
 
 def pair(size: int | Sequence[int]) -> Grid:
@@ -173,11 +175,37 @@ def _nearly_square(config: Any, tokens: int) -> list[Grid]:
     return [(rows * merge, tokens // rows * merge)]
 
 
+def tower_rows(
+    config: Any, grid: Grid, left: Callable[[int, int, int], int | None], layers: Sequence[int]
+) -> list[int]:
+    """Rows, CLS included, of a picture in each layer of a tower in which a method merges, as `Rows`.
+
+    Args:
+        left: (patches, layer, depth) -> how many are left behind `layer`, of `depth` that make the features.
+        layers: behind which it merges.
+    """
+    count, prefix = grid[0] * grid[1], int(config.vision_config.model_type == "clip_vision_model")
+    depth = feature_depth(config)
+    rows = [count]
+    for layer in range(config.vision_config.num_hidden_layers - 1):
+        now = left(count, layer, depth) if layer in layers and layer < depth else rows[-1]
+        assert now is not None
+        rows.append(min(rows[-1], now))
+    return [each + prefix for each in rows]
+
+
+def feature_depth(config: Any) -> int:
+    """Layers of a LLaVA's tower up to the one that makes the features."""
+    layers, last = config.vision_config.num_hidden_layers, config.vision_feature_layer
+    last = last if isinstance(last, int) else last[-1]
+    return last + layers + 1 if last < 0 else last
+
+
 FAMILIES: dict[str, Vision] = {
-    "llava": Vision(_llava, _one_tile),
-    "llava_next": Vision(_llava, _anyres_tiles),
-    "llava_next_video": Vision(_llava, _anyres_tiles),
-    "llava_onevision": Vision(_llava, _anyres_tiles),
+    "llava": Vision(_llava, _one_tile, shortens=True),
+    "llava_next": Vision(_llava, _anyres_tiles, shortens=True),
+    "llava_next_video": Vision(_llava, _anyres_tiles, shortens=True),
+    "llava_onevision": Vision(_llava, _anyres_tiles, shortens=True),
     "internvl": Vision(_internvl, _internvl_tiles),
     "qwen2_vl": Vision(_qwen, _nearly_square),
     "qwen2_5_vl": Vision(_qwen, _nearly_square),

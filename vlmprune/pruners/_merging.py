@@ -86,6 +86,9 @@ class Merging(Pruner):
         """Patches, of `count`, left behind `layer` (of `depth`) where `keep` are to be left behind the last."""
         raise NotImplementedError
 
+    def encoder_rows(self, count: int, layer: int, depth: int) -> int:
+        return min(count, self.goal(count, max(1, budget(count, self.keep)), layer, depth))
+
     def metric(self, patches: Patches) -> Tensor:
         """[P, T, d]: what similarity is measured on inside the tower."""
         raise NotImplementedError
@@ -96,7 +99,7 @@ class Merging(Pruner):
 
     def reduce(self, patches: Patches) -> Reduced | None:
         count = patches.grid[0] * patches.grid[1]
-        goal = self.goal(count, max(1, budget(count, self.keep)), patches.layer, patches.depth) + patches.prefix
+        goal = self.encoder_rows(count, patches.layer, patches.depth) + patches.prefix
         if goal >= patches.features.shape[1]:
             return None
         progress = patches.layer / patches.depth

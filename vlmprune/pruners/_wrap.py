@@ -43,6 +43,9 @@ class Wrapper(Pruner):
     def encoder_layers(self, depth: int) -> tuple[int, ...]:
         return self.pruner.encoder_layers(depth)
 
+    def encoder_rows(self, count: int, layer: int, depth: int) -> int | None:
+        return self.pruner.encoder_rows(count, layer, depth)
+
     @property
     def proportional(self) -> bool:
         return self.pruner.proportional
@@ -52,6 +55,9 @@ class Wrapper(Pruner):
 
     def cache_layers(self, depth: int) -> tuple[int, ...]:
         return self.pruner.cache_layers(depth)
+
+    def cache_budget(self, count: int, left: int, layer: int, depth: int) -> int:
+        return self.pruner.cache_budget(count, left, layer, depth)
 
     def cache_due(self, step: int) -> bool:
         return self.pruner.cache_due(step)

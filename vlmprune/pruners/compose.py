@@ -67,6 +67,9 @@ class Compose(Pruner):
     def encoder_layers(self, depth: int) -> tuple[int, ...]:
         return self.pruners[0].encoder_layers(depth)
 
+    def encoder_rows(self, count: int, layer: int, depth: int) -> int | None:
+        return self.pruners[0].encoder_rows(count, layer, depth)
+
     @property
     def proportional(self) -> bool:
         return self.pruners[0].proportional
@@ -76,6 +79,10 @@ class Compose(Pruner):
 
     def cache_layers(self, depth: int) -> tuple[int, ...]:
         return tuple(sorted({layer for pruner in self.pruners for layer in pruner.cache_layers(depth)}))
+
+    def cache_budget(self, count: int, left: int, layer: int, depth: int) -> int:
+        owner = next((pruner for pruner in self.pruners if layer in pruner.cache_layers(depth)), None)
+        return left if owner is None else owner.cache_budget(count, left, layer, depth)
 
     def cache_due(self, step: int) -> bool:
         return any(pruner.cache_due(step) for pruner in self.pruners)

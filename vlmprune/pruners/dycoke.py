@@ -59,8 +59,11 @@ class DyCoke(FrameMethod):
         whole = isinstance(self.keep, float) and self.keep == 1.0
         return () if whole or not self.drop else tuple(range(min(self.layer, depth - 1), depth))
 
+    def cache_budget(self, count: int, left: int, layer: int, depth: int) -> int:
+        return max(1, int(left * (1 - self.drop) + 1e-6)) if left and layer in self.cache_layers(depth) else left
+
     def select_cache(self, tokens: VisualTokens) -> Selection:
-        counts = torch.tensor([max(1, int(count * (1 - self.drop) + 1e-6)) for count in tokens.counts])
+        counts = torch.tensor([self.cache_budget(count, count, tokens.layer, tokens.depth) for count in tokens.counts])
         return Selection(top_indices(tokens.signal("cache_attention").masked_fill(~tokens.valid, -1), counts))
 
     def of_image(self, geometry: Geometry, frames: Tensor, keep: int) -> tuple[Tensor, Tensor | None]:

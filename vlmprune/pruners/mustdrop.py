@@ -114,16 +114,22 @@ class MustDrop(StagedPruner):
     def encoder_layers(self, depth: int) -> tuple[int, ...]:
         return (0,) if self._in_tower else ()
 
-    def reduce(self, patches: Patches) -> Reduced:
+    def encoder_rows(self, count: int, layer: int, depth: int) -> int:
+        return count - self._windows(count) * (self.window**2 - 1)
+
+    def _windows(self, count: int) -> int:
+        """Windows of a picture of `count` patches that merge."""
         assert self.tower_keep is not None
+        merged = windows_for(count, max(1, budget(count, self.tower_keep)), self.window)
+        return min(merged, count // self.window**2)
+
+    def reduce(self, patches: Patches) -> Reduced:
         rows, cols = patches.grid
         similarity = window_similarity(patches.features[:, patches.prefix :], patches.grid, self.window)
-        merged = windows_for(rows * cols, max(1, budget(rows * cols, self.tower_keep)), self.window)
-        merged = min(merged, similarity.shape[1])
         out, _, keep, into = merge_windows(
             patches.features,
             similarity,
-            merged,
+            self._windows(rows * cols),
             patches.grid,
             window=self.window,
             prefix=patches.prefix,
@@ -149,6 +155,10 @@ class MustDrop(StagedPruner):
         layers = self.decoder_stages(depth)
         on = layers and self.output_aware_cache and self.keep != 1.0
         return tuple(range(layers[0] - 1, layers[-1])) if on else ()
+
+    def cache_budget(self, count: int, left: int, layer: int, depth: int) -> int:
+        last = self.budget([count], self.decoder_stages(depth)[-1], depth)[0]
+        return left if last is None or layer not in self.cache_layers(depth) else min(left, last)
 
     def select_cache(self, tokens: VisualTokens) -> Selection:
         alive = tokens.signal("cache_alive") & tokens.valid
