@@ -142,7 +142,8 @@ def test_intervals():
         ("data: {sorce: digits}", "unknown key 'sorce' in data: did you mean 'source'?"),
         ("models: [{path: bundled, atention: eager}]", "unknown key 'atention' in models.0: did you mean 'attention'?"),
         ("timing: {question: 3}", "unknown key 'question' in timing: did you mean 'questions'?"),
-        ("metric: exact_mach", "metric: did you mean 'exact_match'?"),
+        ("metric: exact_mach", "metric: unknown metric 'exact_mach': did you mean 'exact_match'?"),
+        ("data: {columns: {qestion: q}}", "unknown field 'qestion' in columns, which are field: column: did you mean"),
         ("batch_size: 0", "batch_size: input should be greater than or equal to 1, got 0."),
         ("batch_size: many", "batch_size: input should be a valid integer"),
         ("keeps: [1.5]", "keep must be a float in (0, 1]"),
@@ -207,10 +208,12 @@ def test_all_methods_and_seeds(tmp_path):
         ('{"video": "x.mp4", "question": "q?", "answer": "a"}', "no such video: 'x.mp4'"),
         ('["q"]', "line 1: is no record of named fields but a list"),
         ("{", "line 1: is no JSON"),
+        ('{"image": "torn.png", "question": "q?", "answer": "a"}', "can be read; the first: sample '1': 'torn.png'"),
     ],
 )
 def test_bad_data_is_one_sentence(tmp_path, digits, content, said):
     shutil.copy(digits.parent / "0.png", tmp_path)
+    (tmp_path / "torn.png").write_bytes((tmp_path / "0.png").read_bytes()[:300])
     path = tmp_path / "data.jsonl"
     if content is not None:
         path.write_text(content)
@@ -226,6 +229,29 @@ def test_a_bad_model_is_one_sentence(tmp_path, digits, model):
     assert result.exit_code == 2
     assert "error:" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_data_may_be_mended_before_the_first_row(digits, tmp_path):
+    """A folder without a row belongs to no sweep yet; unreadable samples at the head of a data set are not the end."""
+    shutil.copy(digits.parent / "0.png", tmp_path)
+    (tmp_path / "torn.png").write_bytes((tmp_path / "0.png").read_bytes()[:300])
+    path, first = tmp_path / "data.jsonl", json.loads(digits.read_text().splitlines()[0])
+    torn = [json.dumps({**first, "image": "torn.png", "id": str(number)}) for number in range(9)]
+    path.write_text("\n".join(torn))
+    assert call("sweep", "--data", path, *QUICK, "--out", tmp_path / "out").exit_code == 2
+    path.write_text("\n".join([*torn, json.dumps({**first, "id": "good"})]))
+    result = call("sweep", "--data", path, *QUICK, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert {(row["questions"], row["unusable"]) for row in rows(tmp_path / "out").values()} == {(1, 9)}
+
+
+def test_garbage_is_no_parquet(tmp_path):
+    (tmp_path / "data.parquet").write_text("PAR1 but nothing else")
+    result = call("sweep", "--data", tmp_path / "data.parquet", "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "data.parquet' cannot be read as Parquet" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
 
 
 # Data

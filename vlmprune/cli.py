@@ -184,7 +184,10 @@ def ask(
     pruner: PrunerName = "divprune",
     keep: Annotated[
         str | None,
-        typer.Option(help="Ratio such as 0.1, or count per image such as 64.", show_default="the method's own"),
+        typer.Option(
+            help="Ratio such as 0.1, count per image such as 64, or share of the cost such as flops:0.3 or kv:0.2.",
+            show_default="the method's own",
+        ),
     ] = None,
     positions: Positions = None,
     setting: Settings = None,
@@ -255,7 +258,10 @@ def sweep(
         list[str] | None,
         typer.Option(help='Method, as in fastv:layer=1, or "all"; repeat for several.', show_default=False),
     ] = None,
-    keep: Annotated[list[str] | None, typer.Option(help="Ratio or count; repeat.", show_default=False)] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(help="Ratio, count, or share of the cost such as flops:0.3; repeat.", show_default=False),
+    ] = None,
     positions: Annotated[
         list[str] | None, typer.Option(help="original, compact or own (the method's); repeat.", show_default=False)
     ] = None,

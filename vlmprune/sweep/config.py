@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -84,6 +85,10 @@ def parse_method(entry: Any) -> Any:
     return fields
 
 
+FIELDS = ("id", "question", "answer", "answers", "choices", "image", "images", "video", "kind")
+"""What a record of a data set may hold."""
+
+
 class DataConfig(_Strict):
     """Where the questions come from; docs/sweep.md describes every source and its fields."""
 
@@ -102,6 +107,8 @@ class DataConfig(_Strict):
     def _checked(self) -> DataConfig:
         if "{question}" not in self.prompt:
             raise ValueError("prompt must hold {question}")
+        for name in self.columns.keys() - set(FIELDS):
+            raise ValueError(f"unknown field '{name}' in columns, which are field: column: {_nearest(name, FIELDS)}")
         return self
 
 
@@ -113,10 +120,16 @@ class TimingConfig(_Strict):
     batches: Annotated[int, Field(ge=1)] = 2
 
 
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """What an unknown name may have been meant for."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean '{near[0]}'?" if near else f"known are {', '.join(known)}."
+
+
 def _known_metric(name: str) -> str:
     if name not in METRICS:
-        near = difflib.get_close_matches(name, METRICS, n=1)
-        raise ValueError(f"did you mean '{near[0]}'?" if near else f"known are {', '.join(METRICS)}")
+        raise ValueError(f"unknown metric '{name}': {_nearest(name, METRICS)}")
     return name
 
 
@@ -195,9 +208,7 @@ def _sentence(error: ValidationError, where: str) -> str:
     loc = tuple(part for part in first["loc"] if isinstance(part, int) or part.islower())
     if first["type"] == "extra_forbidden":
         level = ".".join(str(part) for part in loc[:-1])
-        known = list(_level(SweepConfig, loc[:-1]).model_fields)
-        near = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(known)}."
+        hint = _nearest(str(loc[-1]), _level(SweepConfig, loc[:-1]).model_fields)
         return f"{where}: unknown key '{loc[-1]}'{f' in {level}' if level else ''}: {hint}"
     name = ".".join(str(part) for part in loc)
     message = first["msg"].removeprefix("Value error, ").rstrip(".")

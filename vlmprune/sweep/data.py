@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from vlmprune.ask import load_image
-from vlmprune.sweep.config import DataConfig
+from vlmprune.sweep.config import FIELDS, DataConfig
 
 if TYPE_CHECKING:
     from vlmprune.video import Clip
@@ -180,7 +180,7 @@ def _local(path: Path, config: DataConfig) -> Iterator[Sample | str]:
     """Samples of a file; relative paths in it start from its folder."""
     root = config.images or path.parent
     if path.suffix.lower() == ".parquet":
-        yield from _table(_datasets().Dataset.from_parquet(str(path)), config, root)
+        yield from _table(_read_parquet(path), config, root)
         return
     records = _read_jsonl(path) if path.suffix.lower() == ".jsonl" else _read_csv(path)
     try:
@@ -188,6 +188,26 @@ def _local(path: Path, config: DataConfig) -> Iterator[Sample | str]:
             yield from _sample(record, place, config, root, None)
     except UnicodeDecodeError:
         raise ValueError(f"'{path}' cannot be read: it is not UTF-8 text.") from None
+
+
+def _read_parquet(path: Path) -> Any:
+    """A `datasets.Dataset` of a Parquet file.
+
+    Raises:
+        ValueError: it is none.
+    """
+    with path.open("rb") as file:
+        start = file.read(4)
+        file.seek(max(0, path.stat().st_size - 4))
+        whole = start == file.read() == b"PAR1"  # looked at here: the library would also log its own sentence
+    try:
+        if not whole:
+            raise ValueError("it does not begin and end as one")
+        return _datasets().Dataset.from_parquet(str(path))
+    except ImportError:
+        raise
+    except Exception as error:  # whatever the format raises
+        raise ValueError(f"'{path}' cannot be read as Parquet: {' '.join(str(error).split()).rstrip('.')}.") from None
 
 
 def _open_dataset(config: DataConfig) -> Any:
@@ -291,9 +311,6 @@ def _checked_sample(
         video=_video(cell["video"], root, config.frames) if "video" in cell else None,
         frames=len(cell["video"]) if isinstance(cell.get("video"), list) else -int("video" in cell),
     )
-
-
-FIELDS = ("id", "question", "answer", "answers", "choices", "image", "images", "video", "kind")
 
 
 def _answers(value: Any, name: str) -> tuple[str, ...]:

@@ -24,7 +24,12 @@ _BASELINES = {"random": ("x", ":"), "uniform": ("+", "-."), "pool": ("1", (0, (5
 _MARKERS = "osD^v<>pPh"
 _COLOURED = len(_COLOURS)
 
+_NEAR = 15  # points of accuracy below the best that the second panel shows
+
 Cost = Callable[[Point], float | None]
+Lines = dict[tuple[str, str], list[Point]]
+Style = tuple[str, str, Any, bool]
+"""Colour, marker, dash, and whether a line stands in front."""
 
 
 def flops_cost(point: Point) -> float:
@@ -38,19 +43,68 @@ def latency_cost(point: Point) -> float | None:
 def curve(points: Sequence[Point], cost: Cost, axis: str, title: str, metric: str) -> Any:
     """Accuracy over cost, a line per method and position policy, error bars on both, and the Pareto front.
 
-    With more than ten methods the ten best on average are coloured and the others light grey.
+    With more than ten methods the ten best on average are coloured and the others light grey. Where accuracies spread
+    widely, a second panel shows the best of them larger.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(9, 5.6), layout="constrained")
     drawn = {key: [p for p in own if cost(p) is not None] for key, own in lines(points).items()}
     drawn = {key: own for key, own in drawn.items() if own}
     style = _styles(drawn)
+    near = _near([point for own in drawn.values() for point in own], points, cost)
+    figure, panes = plt.subplots(
+        1, 1 + (near is not None), figsize=(13, 5.6) if near else (9, 5.6), layout="constrained", squeeze=False
+    )
+    for axes in panes.flat:
+        _draw(axes, points, drawn, style, cost)
+        axes.set_xlabel(axis)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    panes.flat[0].set(ylabel=f"{metric.replace('_', ' ')}, %", title=title, **_limits(points, cost))
+    if near is not None:
+        panes.flat[1].set(xlim=near[0], ylim=near[1], title="the best, larger")
+    _legend(panes.flat[-1], style, {positions for _, positions in drawn})
+    return figure
+
+
+def _limits(points: Sequence[Point], cost: Cost) -> dict[str, tuple[float, float]]:
+    """Limits that show every point with its error bar: matplotlib loses sight of shifted ones."""
+    shown = [point for point in points if cost(point) is not None]
+    ends = [end for point in shown for end in _percent(point)]
+    costs = [_number(cost(point)) for point in shown]
+    if cost is latency_cost:
+        costs = [end for point in shown for end in _spread(point)]
+    out = {}
+    for name, values in (("xlim", costs), ("ylim", ends)):
+        margin = 0.05 * (max(values) - min(values)) or 1
+        out[name] = (min(values) - margin, max(values) + margin)
+    return out
+
+
+def _near(
+    drawn: Sequence[Point], points: Sequence[Point], cost: Cost
+) -> tuple[tuple[float, float], tuple[float, float]] | None:
+    """Limits of cost and of accuracy around the best points, if the others are far below."""
+    best = 100 * max(point.accuracy for point in points)
+    low = best - _NEAR
+    close = [_number(cost(point)) for point in drawn if 100 * point.accuracy >= low]
+    if len(close) < 2 or best - 100 * min(point.accuracy for point in drawn) < 2 * _NEAR:
+        return None
+    margin = 0.06 * (max(close) - min(close)) or 1
+    return (min(close) - margin, max(close) + margin), (low, min(best + 2, 101))
+
+
+def _draw(axes: Any, points: Sequence[Point], drawn: Lines, style: dict[str, Style], cost: Cost) -> None:
+    from matplotlib.transforms import ScaledTranslation
+
+    ahead = [label for label, (_, _, _, front) in style.items() if front]
     for (label, positions), own in drawn.items():
         colour, marker, dash, front = style[label]
+        # Methods of equal cost stand side by side, so that their error bars can be told apart.
+        aside = 0.9 * (ahead.index(label) - (len(ahead) - 1) / 2) if front and cost is flops_cost else 0.0
         axes.errorbar(
             [_number(cost(p)) for p in own],
             [100 * p.accuracy for p in own],
@@ -64,6 +118,7 @@ def curve(points: Sequence[Point], cost: Cost, axis: str, title: str, metric: st
             elinewidth=0.8,
             capsize=2 if front else 0,
             zorder=3 if front else 1,
+            transform=axes.transData + ScaledTranslation(aside / 72, 0, axes.figure.dpi_scale_trans),
         )
     front_line = pareto(points, cost)
     axes.step(
@@ -80,11 +135,6 @@ def curve(points: Sequence[Point], cost: Cost, axis: str, title: str, metric: st
         if point.setting.method == UNPRUNED and cost(point) is not None:
             axes.axhline(100 * point.accuracy, color="0.55", lw=0.8, ls=(0, (1, 3)), zorder=0)
             axes.plot(_number(cost(point)), 100 * point.accuracy, "*", color="0.1", ms=13, zorder=4)
-    axes.set(xlabel=axis, ylabel=f"{metric.replace('_', ' ')}, %", title=title)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    _legend(axes, style, {positions for _, positions in drawn})
-    return figure
 
 
 def panels(points: Sequence[Point], title: str, metric: str) -> Any:
@@ -132,8 +182,7 @@ def panels(points: Sequence[Point], title: str, metric: str) -> Any:
     return figure
 
 
-def _styles(drawn: dict[tuple[str, str], list[Point]]) -> dict[str, tuple[str, str, Any, bool]]:
-    """Label -> colour, marker, dash, whether it stands in front."""
+def _styles(drawn: Lines) -> dict[str, Style]:
     methods = {label: own[0].setting.method for (label, _), own in drawn.items()}
     mean: dict[str, list[float]] = {}
     for (label, _), own in drawn.items():
@@ -142,7 +191,7 @@ def _styles(drawn: dict[tuple[str, str], list[Point]]) -> dict[str, tuple[str, s
         (label for label, method in methods.items() if not is_baseline(method)),
         key=lambda label: -sum(mean[label]) / len(mean[label]),
     )
-    style: dict[str, tuple[str, str, Any, bool]] = {}
+    style: dict[str, Style] = {}
     for place, label in enumerate(ranked):
         coloured = place < _COLOURED
         style[label] = (_COLOURS[place] if coloured else "0.8", _MARKERS[place] if coloured else ".", "-", coloured)
@@ -153,7 +202,7 @@ def _styles(drawn: dict[tuple[str, str], list[Point]]) -> dict[str, tuple[str, s
     return style
 
 
-def _legend(axes: Any, style: dict[str, tuple[str, str, Any, bool]], positions: set[str]) -> None:
+def _legend(axes: Any, style: dict[str, Style], positions: set[str]) -> None:
     from matplotlib.lines import Line2D
 
     entries = [Line2D([], [], color="0.1", marker="*", ls="", ms=11, label="unpruned")]

@@ -15,6 +15,7 @@ from PIL import Image
 from vlmprune.flops import format_bytes, format_flops
 from vlmprune.overlay import DROPPED, KEPT, MERGED, atomic, draw_kept
 from vlmprune.sweep import store
+from vlmprune.sweep.metrics import wilson
 from vlmprune.sweep.plan import UNPRUNED
 from vlmprune.sweep.series import Point, Sweep, is_baseline, lines, pareto, read_sweep
 
@@ -71,7 +72,7 @@ def _model(sweep: Sweep, name: str, folder: Path, out: Path, written: list[Path]
     if len(lines(points)) > 1:
         wanted.append(("methods", plots.panels(points, where, metric)))
     texts = {
-        "flops": "Accuracy against prefill FLOPs, with 95 % Wilson intervals.",
+        "flops": "Accuracy against prefill FLOPs, with 95 % Wilson intervals; methods of equal cost side by side.",
         "latency": "Accuracy against the time to the first token, measured apart at batch 1.",
         "methods": "One panel a method; dotted, random.",
     }
@@ -87,6 +88,7 @@ def _model(sweep: Sweep, name: str, folder: Path, out: Path, written: list[Path]
         "unpruned": next((p for p in points if p.setting.method == UNPRUNED), None),
         "matrix": _matrix(points),
         "rows": [_row(point, id(point) in front) for point in points],
+        "timed": any(point.timing for point in points),
         "silent": [point for point in points if not point.changed],
         "unreachable": sweep.unreachable(name),
         "kinds": _kinds(points),
@@ -189,16 +191,20 @@ def _kinds(points: Sequence[Point]) -> list[dict[str, Any]]:
     for keep in dict.fromkeys(p.setting.keep for p in points if p.setting.method != UNPRUNED):
         own = [point for point in points if point.setting.keep == keep and point.setting.method != UNPRUNED]
         own.sort(key=lambda point: (is_baseline(point.setting.method), -point.accuracy))
-        tables.append({"keep": keep, "kinds": kinds, "rows": [(p, _by_kind(p, kinds)) for p in [*unpruned, *own]]})
+        asked = [(kind, max(row["by_kind"].get(kind, (0, 0))[1] for p in points for row in p.rows)) for kind in kinds]
+        tables.append({"keep": keep, "kinds": asked, "rows": [(p, _by_kind(p, kinds)) for p in [*unpruned, *own]]})
     return tables
 
 
-def _by_kind(point: Point, kinds: Sequence[str]) -> list[float | None]:
-    cells: list[float | None] = []
+def _by_kind(point: Point, kinds: Sequence[str]) -> list[tuple[float | None, str]]:
+    """Accuracy in % over the seeds, and its interval over one pass through the questions."""
+    cells: list[tuple[float | None, str]] = []
     for kind in kinds:
         parts = [row["by_kind"][kind] for row in point.rows if kind in row["by_kind"]]
         asked = sum(total for _, total in parts)
-        cells.append(100 * sum(right for right, _ in parts) / asked if asked else None)
+        share = sum(right for right, _ in parts) / asked if asked else None
+        low, high = wilson(share, min(total for _, total in parts)) if share is not None else (0.0, 1.0)
+        cells.append((None if share is None else 100 * share, f"{100 * low:.1f} – {100 * high:.1f}"))
     return cells
 
 

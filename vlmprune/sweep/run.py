@@ -104,7 +104,11 @@ def _begin(config: SweepConfig, data: Data) -> None:
         "examples": config.examples,
         "models": {model.name: model.model_dump(mode="json", exclude={"name"}) for model in config.models},
     }
-    if path.exists():
+    if path.exists() and not store.read(config.out / store.RESULTS):
+        # No row says otherwise, so the folder is free; what another question's batches left is of no use.
+        if store.read_json(path) != asked:
+            store.remove(config.out / "parts")
+    elif path.exists():
         held = store.read_json(path)
         for key in ("fingerprint", "metric", "prompt", "batch_size", "max_new_tokens", "examples"):
             if held.get(key) != asked[key]:
@@ -114,6 +118,7 @@ def _begin(config: SweepConfig, data: Data) -> None:
             if held["models"].get(name, model) != model:
                 raise ValueError(f"'{config.out}' holds rows of another '{name}': give the model another name.")
         asked["models"] = held["models"] | asked["models"]
+    store.tidy(config.out)
     store.write_json(path, asked)
     for name in (store.RESULTS, store.TIMINGS):
         store.repair(config.out / name)
@@ -184,6 +189,10 @@ class _Run:
             return
         records = self._records(setting)
         answered = sum(len(record["samples"]) for record in records)
+        if not any(record["samples"] or record["failed"] for record in records):
+            store.remove(self.out / "parts")
+            first = min(bad for record in records for bad in record["bad"])[1]
+            raise ValueError(f"no sample of '{self.config.data.source}' can be read; the first: {first}.")
         for record in records:
             for place, why in record["bad"]:
                 if place not in self._bad:
@@ -191,8 +200,8 @@ class _Run:
                     self.watch.note(f"left out: {why}")
         failures = sorted(failure for record in records for failure in record["failed"])
         if not answered:
-            _, kind, why = failures[0] if failures else (0, "ValueError", "no sample can be read")
-            if kind == "ValueError" and failures:
+            _, kind, why = failures[0]
+            if kind == "ValueError":
                 self._finish(setting, chat, {"status": "not reachable", "reason": why.rstrip(".")})
             else:
                 self.failed.append((setting, f"{kind}: {why}"))
@@ -225,7 +234,8 @@ class _Run:
                 made.append(record)
                 self.watch.advance(min(self.state.num_processes, len(todo)))
             records.update((record["batch"], record) for record in gather_object(made))
-            if not any(record["samples"] for record in records.values()):
+            tried = records.values()
+            if any(record["failed"] for record in tried) and not any(record["samples"] for record in tried):
                 break
         return [records[number] for number in sorted(records)]
 
@@ -340,7 +350,11 @@ def load(model: ModelConfig, device: str | None, state: PartialState) -> Chat:
     source, dtype = model.path, model.dtype
     if source.split("/")[0] == BUNDLED:
         name = source.partition("/")[2]
-        source = str(bundled.model_path().parent / name if name else bundled.model_path())
+        folder = bundled.model_path().parent / name if name else bundled.model_path()
+        if not (folder / "config.json").is_file():
+            known = ", ".join(sorted(path.parent.name for path in folder.parent.glob("*/preprocessor_config.json")))
+            raise ValueError(f"there is no bundled model '{name}': choose from {known}.")
+        source = str(folder)
         dtype = dtype or "float32"
         torch.set_num_threads(1)  # for models as small as these, threads cost more than they bring
     options: dict[str, Any] = {}

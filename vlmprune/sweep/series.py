@@ -46,6 +46,16 @@ class Point:
     def changed(self) -> bool:
         return self.setting.method == UNPRUNED or all(row["changed"] for row in self.rows)
 
+    @property
+    def missed(self) -> bool:
+        """Whether it kept another share than it was asked for, by more than a tenth and more than a token."""
+        keep = self.setting.keep
+        if self.setting.method == UNPRUNED or isinstance(keep, str):
+            return False
+        full, kept = self.mean("tokens", "full"), self.mean("tokens", "average")
+        asked = min(keep, full) if isinstance(keep, int) else keep * full
+        return abs(kept - asked) > max(0.1 * asked, 1)
+
     def mean(self, *keys: str) -> float:
         """Mean over seeds of a nested number, such as `mean("flops", "ratio")`."""
         values = []

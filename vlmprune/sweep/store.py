@@ -59,6 +59,12 @@ def repair(path: Path) -> None:
             os.fsync(file.fileno())
 
 
+def tidy(folder: Path) -> None:
+    """Remove the half-written files that a killed process left behind."""
+    for path in folder.rglob(".*.part"):
+        path.unlink(missing_ok=True)
+
+
 def write_json(path: Path, content: Any) -> None:
     """A JSON file that is there whole or not at all."""
     with atomic(path) as part:
