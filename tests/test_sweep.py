@@ -419,6 +419,78 @@ def test_killed_and_started_again(done, digits, tmp_path, how):
     same_files(out, done)
 
 
+KILLER = """
+import os, signal, sys
+from pathlib import Path
+from vlmprune.sweep import run, store
+from vlmprune.sweep.config import load_config
+
+data, out = sys.argv[1:]
+config = load_config(None, {"data": {"source": data, "limit": 9}, "keeps": [0.25], "batch_size": 4, "timing": False,
+                            "examples": 3, "device": "cpu", "out": out})
+
+def die_at(last):
+    # Half of the last write reaches the file, or the last rename never happens.
+    left, plain, rename = [last], Path.open, Path.replace
+
+    def due():
+        left[0] -= 1
+        return left[0] == 0
+
+    class Torn:
+        def __init__(self, file):
+            self.file = file
+        def __enter__(self):
+            return self
+        def __exit__(self, *exception):
+            self.file.close()
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+        def write(self, content):
+            if due():
+                self.file.write(content[: len(content) // 2])
+                self.file.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return self.file.write(content)
+
+    def opened(self, mode="r", *args, **kwargs):
+        file = plain(self, mode, *args, **kwargs)
+        return Torn(file) if mode in ("ab", "wb") else file
+
+    def renamed(self, target):
+        if due():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return rename(self, target)
+
+    Path.open, Path.replace = opened, renamed
+
+killed, status = 0, -1
+while status:
+    child = os.fork()
+    if not child:
+        die_at(3 + killed % 4)
+        run.run(config)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    assert status in (0, signal.SIGKILL), status
+    killed += status != 0
+print(killed)
+"""
+
+
+def test_killed_in_the_midst_of_its_writes(digits, tmp_path):
+    """One run after another dies at its third to sixth write, which is half done, until one gets through."""
+    outs = tmp_path / "killed", tmp_path / "undisturbed"
+    command = [sys.executable, "-c", KILLER, str(digits), str(outs[0])]
+    killer = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert killer.returncode == 0, killer.stderr[-2000:]
+    assert int(killer.stdout) >= 5
+    (tmp_path / "sweep.yaml").write_text("keeps: [0.25]\nbatch_size: 4\nexamples: 3\n")
+    flags = ("--data", digits, "--limit", 9, "--no-timing", "--device", "cpu")
+    assert call("sweep", tmp_path / "sweep.yaml", *flags, "--out", outs[1]).exit_code == 0
+    same_files(*outs)
+
+
 def test_two_processes_give_the_rows_of_one(done, digits, tmp_path):
     out = tmp_path / "out"
     launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1")

@@ -244,7 +244,8 @@ def _examples(points: Sequence[Point], folder: Path, model: str) -> list[dict[st
                 "answered": [
                     {
                         "method": point.setting.label,
-                        "tokens": point.mean("tokens", "average"),
+                        "tokens": round(point.mean("tokens", "average")),
+                        "last": sum(row.count("#") + row.count("+") for grid in entry["kept"] for row in grid),
                         "reply": entry["reply"],
                         "right": entry["score"] >= 0.5,
                         "pictures": [

@@ -351,8 +351,8 @@ def load(model: ModelConfig, device: str | None, state: PartialState) -> Chat:
     if source.split("/")[0] == BUNDLED:
         name = source.partition("/")[2]
         folder = bundled.model_path().parent / name if name else bundled.model_path()
-        if not (folder / "config.json").is_file():
-            known = ", ".join(sorted(path.parent.name for path in folder.parent.glob("*/preprocessor_config.json")))
+        if not (folder / "processor_config.json").is_file():
+            known = ", ".join(sorted(path.parent.name for path in folder.parent.glob("*/processor_config.json")))
             raise ValueError(f"there is no bundled model '{name}': choose from {known}.")
         source = str(folder)
         dtype = dtype or "float32"
