@@ -15,7 +15,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from vlmprune.cli import app
-from vlmprune.sweep import store
+from vlmprune.sweep import plots, store
+from vlmprune.sweep.plan import UNPRUNED
 from vlmprune.sweep.series import Point, pareto, read_sweep
 
 pytest.importorskip("matplotlib")
@@ -90,6 +91,47 @@ def test_pareto_front():
     front = pareto(points, lambda p: p.mean("cost"))
     assert [(p.mean("cost"), p.accuracy) for p in front] == [(1, 0.6), (2, 0.8), (3, 0.9)]
     assert pareto(points, lambda p: None) == []
+
+
+def made(method: str, keep, accuracy: float, kept: float = 36.0, full: float = 144.0) -> Point:
+    share = 0.45 + 0.55 * kept / full
+    setting = {"model": "m", "method": method, "settings": {}, "keep": keep, "positions": "original", "seed": None}
+    tokens = {"full": full, "average": kept}
+    return Point(
+        ({**setting, "accuracy": accuracy, "questions": 200, "tokens": tokens, "flops": {"ratio": share}},), None
+    )
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept", "missed"),
+    [
+        (0.25, 36.0, False),
+        (0.125, 36.0, True),
+        (0.25, 24.5, True),
+        (0.01, 1.9, False),
+        (36, 36.0, False),
+        (9, 36.0, True),
+        (500, 144.0, False),
+        ("flops:0.3", 36.0, False),
+    ],
+)
+def test_a_budget_that_was_not_met_is_told(keep, kept, missed):
+    assert made("yopo", keep, 0.8, kept).missed == missed
+
+
+def test_the_best_are_drawn_larger():
+    far = [made(UNPRUNED, 1.0, 0.98, 144.0)]
+    for method, accuracies in (("divprune", (0.93, 0.97)), ("mmtok", (0.90, 0.97)), ("random", (0.3, 0.6))):
+        far += [made(method, keep, got, 144 * keep) for keep, got in zip((0.1, 0.5), accuracies)]
+    whole, near = plots.curve(far, plots.flops_cost, "cost", "title", "exact_match").axes
+    for point in far:
+        low, high = (100 * end for end in point.interval)
+        assert whole.get_ylim()[0] < low < high < whole.get_ylim()[1]
+        assert whole.get_xlim()[0] < plots.flops_cost(point) < whole.get_xlim()[1]
+    assert near.get_ylim()[0] == pytest.approx(98 - 15)
+    assert near.get_xlim()[1] < 100  # the unpruned model is not in it
+    close = [point for point in far if point.setting.method != "random"]
+    assert len(plots.curve(close, plots.flops_cost, "cost", "title", "exact_match").axes) == 1
 
 
 def test_a_sweep_on_its_way_has_a_report(results, tmp_path):
