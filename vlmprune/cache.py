@@ -15,7 +15,6 @@ from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
     StaticCache,
-    StaticLayer,
     StaticSlidingWindowLayer,
 )
 from transformers.masking_utils import create_causal_mask
@@ -259,8 +258,8 @@ def unpruned_kv_bytes(cache: Any, length: int) -> list[int]:
     sizes = []
     for layer, held in zip(cache.layers, kv_bytes(cache)):
         inner = layer.inner if isinstance(layer, PrunedLayer) else layer
-        if isinstance(inner, StaticLayer) or layer.keys is None:
-            sizes.append(held)
+        if type(inner) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.keys is None:
+            sizes.append(held)  # allocated at its full size, or of a kind that is never pruned
             continue
         window = layer.window if isinstance(layer, PrunedLayer) else getattr(inner, "sliding_window", None)
         rows, heads, _, width = layer.keys.shape
