@@ -323,6 +323,28 @@ def training() -> Any:
         sys.path.remove(folder)
 
 
+def test_the_answer_is_no_part_of_the_question() -> None:
+    """In training the prompt goes on with the answer: were it read, the modules would learn to pass it on."""
+    family = FAMILIES["llava-clip-llama"]
+    model = model_of(family)
+    prompts = [[1, ("image", 0), 2, 3, 4], [5, ("image", 1), 7, 8, 9, 9]]
+    answer = torch.tensor([[11, 12], [13, 14]])
+    inputs = family.inputs(prompts)
+    full = {
+        **inputs,
+        "input_ids": torch.cat([inputs["input_ids"], answer], 1),
+        "attention_mask": torch.cat([inputs["attention_mask"], torch.ones_like(answer)], 1),
+        "labels": torch.cat([torch.full_like(inputs["input_ids"], -100), answer], 1),
+    }
+    pruner, given_rows = vlmprune.HIComLocal(keep=6, scale=3.0), []
+    for call in (inputs, full, {**full, "labels": torch.full_like(full["labels"], -100)}):
+        with torch.no_grad(), vlmprune.prune(model, pruner), Recorded(pruner) as calls:
+            model(**call)
+        given_rows.append(calls[0][1].features)
+    torch.testing.assert_close(given_rows[1], given_rows[0])
+    assert (given_rows[2] - given_rows[0]).abs().max() > 1e-4
+
+
 @pytest.mark.parametrize("method", ["hicom", "vqtoken"])
 def test_training_learns(training: Any, method: str, tmp_path: Path) -> None:
     """The loss on one batch falls, what is saved is what was trained, and only the modules changed."""

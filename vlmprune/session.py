@@ -254,6 +254,10 @@ class Session:
             self._last = self._new_report(course)
         if items:
             self._eviction.begin(self._live, seen, embeds.device)
+            labels = self._call.get("labels")
+            if labels is not None:  # in training the answer is there too, and is no part of the question
+                asked = labels.cpu() == -100
+                shown = asked if shown is None else shown & asked
             self._signals.begin(course, embeds, self._call.get("ids"), items, shown)
         if 0 in self._stages:
             if items and self._signals.wants_here:
