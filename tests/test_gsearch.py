@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from test_laws import model_of
 
 import vlmprune
+from vlmprune import bundled
 from vlmprune.pruners.gsearch import Schedule, sigmoid_ratios
 from vlmprune.search import KLQuality, calibrate, greedy_search, tune_sigmoid
 
@@ -218,3 +219,17 @@ def test_calibrate_levels() -> None:
         return session.last.average_keep
 
     assert average(calibrate(average, 0.6, low=0.1, high=10.0, evaluations=8)) == pytest.approx(0.6, abs=0.1)
+
+
+def test_the_bundled_schedule_fits_the_bundled_model() -> None:
+    model, processor = bundled.load()
+    pruner = vlmprune.GSearch(schedule=bundled.gsearch_schedule())
+    depth = model.config.text_config.num_hidden_layers
+    assert len(pruner.schedule.ratios) == depth
+    assert pruner.keep == pruner.schedule.average < 1
+    scene = bundled.demo_scenes()[0]
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": scene.questions[0].text}]}]
+    prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
+    with vlmprune.prune(model, pruner) as session:
+        model.generate(**processor(images=scene.image, text=prompt, return_tensors="pt"), max_new_tokens=1)
+    assert session.last.average_keep == pytest.approx(pruner.keep, abs=0.01)

@@ -115,6 +115,13 @@ def test_merge(high: int, wide: int, window: int, seed: int, share: float) -> No
                 assert len({(int(p) // grid[1] // window, int(p) % grid[1] // window) for p in place}) == 1
 
 
+@pytest.mark.parametrize("retained", [1, 17, 64, 127, 128, 143, 144, 200])
+@pytest.mark.parametrize("window", [2, 3])
+def test_a_fixed_number_is_met_but_for_less_than_a_window(retained: int, window: int) -> None:
+    left = 144 - windows_for(144, retained, window) * (window**2 - 1)
+    assert 0 <= left - min(retained, 144) <= window**2 - 2
+
+
 def test_windows_of_equal_patches_and_grids_that_do_not_fit() -> None:
     x = rows(1, 4, 6).repeat_interleave(9, dim=1).reshape(1, 2, 2, 3, 3, 6).transpose(2, 3).reshape(1, 36, 6)
     torch.testing.assert_close(window_similarity(x, (6, 6)), torch.ones(1, 4))

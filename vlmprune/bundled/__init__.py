@@ -64,6 +64,11 @@ def atp_weights() -> Path:
     return _HERE / "digit-llava-atp"
 
 
+def gsearch_schedule() -> Path:
+    """File of a G-Search schedule for the bundled model: `vlmprune.GSearch(schedule=bundled.gsearch_schedule())`."""
+    return _HERE / "digit-llava-gsearch.json"
+
+
 def load(dtype: torch.dtype | None = None) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """The bundled model in evaluation mode, float32 unless `dtype` says otherwise, on the CPU, and its processor."""
     import torch

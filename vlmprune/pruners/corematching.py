@@ -26,8 +26,8 @@ class CoreMatching(StagedPruner):
 
     A token's score is the number of neurons of one layer's gated product (what enters `down_proj`) that are positive
     for both it and the last word of the question (`co_activation`), as in the official code. `match="core"` is the
-    paper: instead of that word's, the core neurons of the prompt (section 3; its percentiles are not known, 40 % are
-    taken for a token's and for the prompt's). The layer is the one before `layer_list`: a
+    paper: instead of that word's, the core neurons of the prompt (its percentiles are not known: 40 % are taken for
+    a token's and for the prompt's). The layer is the one before `layer_list`: a
     quarter of the depth, 8 of 32, where the code re-selects in layers 5 to 18 and zeroes keys and values instead of
     removing the tokens. Positions original.
 

@@ -20,8 +20,7 @@ class FastV(Pruner):
     Chen et al., "An Image is Worth 1/2 Tokens After Layer 2", ECCV 2024, arXiv 2403.06764. Training-free, aware of the
     question through the last token. Layers before `layer` (K in the paper) see every token; the ranking is the
     attention in layer K - 1, mean over heads, softmax over all keys: `query="last"`, the row of the last token, as in
-    the official code, or `query="all"`, the mean over all tokens that can see a token, as the paper's text has it
-    (phi_attn, section 4.1).
+    the official code, or `query="all"`, the mean over all tokens that can see a token, as the paper's text has it.
 
     `keep` is the average over all decoder layers, as for every method; layers 0..K-1 count in full, and what is left
     for the others is rounded half to even. Published for 32 layers: K = 2 and R = 0.5, which is keep 0.53125, with
