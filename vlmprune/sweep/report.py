@@ -314,7 +314,8 @@ def _markdown(sweep: Sweep, models: Sequence[dict[str, Any]]) -> str:
         "",
         f"{about['questions']} questions of {about['data']['source']}, {about['metric'].replace('_', ' ')}, 95 % "
         f"Wilson intervals. {versions}, {about['environment']['device']}. Tokens are the mean over decoder layers, "
-        "FLOPs those of the prefill with the vision tower.",
+        "FLOPs those of the prefill with the vision tower."
+        + (" Some rows were made with other versions: results.jsonl says which." if about["mixed"] else ""),
     ]
     for model in models:
         out += ["", f"## {model['name']}", "", "| method | keep | positions | tokens | FLOPs | KV cache | accuracy |"]
