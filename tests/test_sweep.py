@@ -208,7 +208,7 @@ def test_all_methods_and_seeds(tmp_path):
         ('{"video": "x.mp4", "question": "q?", "answer": "a"}', "no such video: 'x.mp4'"),
         ('["q"]', "line 1: is no record of named fields but a list"),
         ("{", "line 1: is no JSON"),
-        ('{"image": "torn.png", "question": "q?", "answer": "a"}', "can be read; the first: sample '1': 'torn.png'"),
+        ('{"image": "torn.png", "question": "q?", "answer": "a"}', "torn.png' cannot be read as an image"),
     ],
 )
 def test_bad_data_is_one_sentence(tmp_path, digits, content, said):
