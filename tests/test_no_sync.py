@@ -11,6 +11,8 @@ from test_globalcom2 import packed
 
 import vlmprune
 from vlmprune.contract import Geometry, VisualTokens
+from vlmprune.pruners.hicom import HIComModules
+from vlmprune.pruners.vqtoken import VQAttention
 
 SHAPES = [packed(4, (2, 2), (600, 500)), Geometry.grid(5, 5), Geometry.grid(2, 3, planes=3, suffix=1, kind="video")]
 
@@ -76,6 +78,8 @@ WRAPPED = {
         ("hicom_local", {}, 0),
         ("hicom_local", {"scale": 2.0}, 0),
         ("kmeans_tokens", {}, 0),
+        ("hicom", {"weights": HIComModules(6, width=8, heads=2)}, 0),
+        ("vqtoken", {"weights": VQAttention(6, width=8, heads=2)}, 0),
         ("merge", {}, 0),
         ("per_tile", {}, 0),
         ("per_frame", {}, 0),
