@@ -20,7 +20,8 @@ from vlmprune.contract import Geometry, Item, Pruner
 FFN_SIGNALS = frozenset({"activation_overlap", "core_overlap"})
 DECODER_SIGNALS = frozenset(
     {
-        *("instruction", "instruction_mask", "prompt_features", "text_features", "text_mask"),
+        *("instruction", "instruction_mask", "instruction_queries", "instruction_keys"),
+        *("prompt_features", "text_features", "text_mask"),
         *("last_attention", "next_last_attention", "text_attention", "next_text_attention"),
         *("all_attention", "visual_attention", "next_visual_attention", "next_inner_attention"),
         *("next_keys", "next_plain_keys", "transition", "transition_strict", *FFN_SIGNALS),
@@ -128,11 +129,11 @@ class Adapter(ABC):
         return self.language_model.rotary_emb(hidden, positions)  # type: ignore[operator]
 
     def queries_and_keys(
-        self, layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor]
+        self, layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor]:
         """Queries [B, H, S, d] and keys [B, G, S, d] of a decoder layer for the hidden states [B, S, D] that enter it.
 
-        Normed, projected and rotated as the layer does it; G key heads serve H query heads.
+        Normed, projected and rotated (None: not rotated) as the layer does it; G key heads serve H query heads.
         """
         attention: Any = layer.self_attn
         hidden = layer.input_layernorm(hidden)  # type: ignore[operator]
@@ -140,8 +141,10 @@ class Adapter(ABC):
         queries, keys = attention.q_proj(hidden).view(shape), attention.k_proj(hidden).view(shape)
         if hasattr(attention, "q_norm"):
             queries, keys = attention.q_norm(queries), attention.k_norm(keys)
-        rotate = vars(sys.modules[type(attention).__module__])["apply_rotary_pos_emb"]
-        return rotate(queries.transpose(1, 2), keys.transpose(1, 2), *rotary)
+        queries, keys = queries.transpose(1, 2), keys.transpose(1, 2)
+        if rotary is None:
+            return queries, keys
+        return vars(sys.modules[type(attention).__module__])["apply_rotary_pos_emb"](queries, keys, *rotary)
 
     def cut(self, kwargs: dict[str, Any], columns: Tensor | None) -> dict[str, Any]:
         """The language model's arguments with the family's own per-column ones cut.

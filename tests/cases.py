@@ -103,6 +103,9 @@ PRUNERS = {
         PrunerCase("atp-calibrated", ({"keep": 0.5}, {"keep": 0.6, "thresholds": (0.3, 0.5), "grid": False})),
         PrunerCase("explain", tuple({"keep": keep, "weights": random_weights.explain()} for keep in (0.3, 4))),
         PrunerCase("first_layer_attention", ({"keep": 0.3}, {"keep": 4, "smooth": 5})),
+        # By a ratio; by the predicted budget, where counts differ.
+        PrunerCase("qtsplus", tuple({"keep": keep, "weights": random_weights.qtsplus()} for keep in (0.3, None))),
+        PrunerCase("qtsplus-training-free"),
         # The cache stage has laws of its own: tests/test_mustdrop.py.
         PrunerCase(
             "mustdrop", ({"keep": 0.5, "output_aware_cache": False}, {"level": 200.0, "output_aware_cache": False})

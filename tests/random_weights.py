@@ -10,6 +10,7 @@ import torch
 from vlmprune.pruners.atp import ThresholdModules
 from vlmprune.pruners.explain import Mapper
 from vlmprune.pruners.hicom import HIComModules
+from vlmprune.pruners.qtsplus import TokenSelector
 from vlmprune.pruners.vqtoken import VQAttention
 
 _held = tempfile.TemporaryDirectory()
@@ -59,4 +60,21 @@ def vqtoken() -> Path:
             module = VQAttention(48, width=16, heads=2, grid=(2, 3, 3))
             torch.nn.init.normal_(module.out.weight, std=0.1)
         module.save(folder)
+    return folder
+
+
+def qtsplus(width: int = 48, heads: int = 4, depth: int = 3) -> Path:
+    """Two scoring layers and two that rewrite, with weights large enough that all matter; budgets grow with entropy."""
+    folder = Path(_held.name) / f"qtsplus-{width}"
+    if not folder.exists():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            selector = TokenSelector(width, heads, heads // 2, depth, scoring=2, reencode=2)
+            for parameter in selector.parameters():
+                parameter.data.mul_(2)
+            first, last = selector.budget.mlp[0], selector.budget.mlp[2]
+            for parameter in (*first.parameters(), *last.parameters()):
+                parameter.data.zero_()
+            first.weight.data[0, -1], last.weight.data[0, 0], last.bias.data[0] = 1, 4, -9
+            selector.save(folder)
     return folder

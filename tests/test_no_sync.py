@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import pytest
+import random_weights
 import torch
 from test_globalcom2 import packed
 
@@ -35,6 +36,8 @@ def tokens_on_meta(layer: int) -> VisualTokens:
         **{name: torch.empty(items, n, device="meta") for name in flat},
         "instruction": torch.empty(items, 5, 6, device="meta"),
         "instruction_mask": torch.empty(items, 5, dtype=torch.bool, device="meta"),
+        "instruction_queries": torch.empty(items, 5, 2, 3, device="meta"),
+        "instruction_keys": torch.empty(items, n, 1, 3, device="meta"),
     }
     return VisualTokens(
         features=torch.empty(items, n, 6, device="meta"),
@@ -80,6 +83,8 @@ WRAPPED = {
         ("kmeans_tokens", {}, 0),
         ("hicom", {"weights": HIComModules(6, width=8, heads=2)}, 0),
         ("vqtoken", {"weights": VQAttention(6, width=8, heads=2)}, 0),
+        ("qtsplus", {"weights": random_weights.qtsplus(6, 2, 32)}, 0),
+        ("qtsplus-training-free", {}, 0),
         ("merge", {}, 0),
         ("per_tile", {}, 0),
         ("per_frame", {}, 0),

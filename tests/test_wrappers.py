@@ -241,7 +241,7 @@ def test_adaptive_methods_and_all_signals_behind_the_boundary() -> None:
         assert torch.equal(given.features[part, : len(those)], features[those])
         for name in SIGNALS:
             mine_, its = given.signal(name)[part], signals[name][0]
-            if name.startswith(("instruction", "text_features", "text_mask")):
+            if name != "instruction_keys" and name.startswith(("instruction", "text_features", "text_mask")):
                 assert torch.equal(mine_, its)
             elif name.startswith("cls_") and "attention" not in name and "logits" not in name:
                 assert torch.equal(mine_, its[part : part + 1])

@@ -217,6 +217,9 @@ SIGNALS: dict[str, str] = {
     # From the prompt.
     "instruction": "[I, M, D]: input embeddings of the words of the question, zero rows behind the last",
     "instruction_mask": "bool [I, M]",
+    "instruction_queries": "[I, M, H, d]: queries of `instruction` in the decoder's last layer, made of the embeddings "
+    "themselves, without RoPE",
+    "instruction_keys": "[I, N, G, d]: keys, made likewise, of `features` at the boundary",
     "prompt_features": "[I, N0, D]: `features` at the boundary of all the item's original tokens",
     "text_features": "[I, T, D]: input embeddings of the text behind the item, to the end of the prompt",
     "text_mask": "bool [I, T]: which of these rows are real",
@@ -408,7 +411,9 @@ class Pruner(ABC):
         return cls(**{**budgets[average], **fields})
 
     def __post_init__(self) -> None:
-        check_keep(self.keep)
+        # None where it is the default: the method knows how much.
+        if self.keep is not None or type(self).__dataclass_fields__["keep"].default is not None:
+            check_keep(self.keep)
         if self.positions not in ("original", "compact"):
             raise ValueError(f'positions must be "original" or "compact", got {self.positions!r}')
 

@@ -373,7 +373,7 @@ def _left(pruner: Pruner, counts: Sequence[int], stage: int, depth: int, inside:
     budgets = list(pruner.budget(counts, stage, depth))
     if stage == 0 and inside is not None:
         return [round(count * inside) for count in counts]
-    if None in budgets and tuple(pruner.layers(depth)) != (0,):
+    if None in budgets and (pruner.keep is None or tuple(pruner.layers(depth)) != (0,)):
         raise ValueError(
             f"{pruner.name} decides for each image how much it keeps in each layer, so only a run can tell its cost: "
             "read session.last.flops."

@@ -224,7 +224,7 @@ class Session:
         items = self.adapter.items(arguments)
         cache, mask = cache_of(arguments), arguments.get("attention_mask")
         self._call = {**self._call, "items": items}
-        if items and self._signals.wanted & {"instruction", "instruction_mask", "activation_overlap"}:
+        if items and self._signals.wants_question:
             ids = arguments.get("input_ids")
             self._call["ids"] = None if ids is None else ids.cpu()
         if mask is not None and (items or is_pruned(cache)):

@@ -95,12 +95,16 @@ class Signals:
             shown: bool [B, S], on the CPU, False for padding.
         """
         self.course, self.ids, self.all_items, self.all_shown = course, ids, items, shown
-        if self.wanted & {"instruction", "prompt_features", "text_features"}:
+        if self.wanted & {"instruction", "instruction_queries", "instruction_keys", "prompt_features", "text_features"}:
             self.embeds = embeds
 
     @property
     def wants_before(self) -> bool:
         return bool(self.wanted & {"last_attention", "text_attention", "all_attention", "visual_attention"})
+
+    @property
+    def wants_question(self) -> bool:
+        return bool(self.wanted & {"instruction", "instruction_mask", "instruction_queries", "activation_overlap"})
 
     @property
     def wants_here(self) -> bool:
@@ -205,35 +209,9 @@ class Signals:
         return out
 
     def _instructions(self, course: Course) -> list[Tensor]:
-        """Per row, columns (int64, on the CPU, of the whole call) of the question.
-
-        That is the user's last turn, without images and, if any is left, without what stands before them. Turns end
-        with an end-of-sequence token, as chat templates have it; at most `HEADER` tokens without an image behind the
-        last one are the head of the answer to come.
-        """
-        config = getattr(self.adapter.model, "generation_config", None)
-        ends = getattr(config, "eos_token_id", None)
-        ends = self.adapter.text_config.eos_token_id if ends is None else ends
-        ends = torch.tensor([] if ends is None else [ends] if isinstance(ends, int) else list(ends))
-        out = []
-        for row in range(course.batch):
-            shown = torch.ones(course.length, dtype=torch.bool) if self.all_shown is None else self.all_shown[row]
-            items = [item for item in self.all_items if item.sample == row]
-            text = shown.clone()
-            for item in items:
-                text[item.start : item.stop] = False
-            columns = text.nonzero().flatten()
-            first, stop = 0, course.length
-            marks = [] if self.ids is None else (torch.isin(self.ids[row], ends) & text).nonzero().flatten().tolist()
-            if marks:
-                first = marks[-1] + 1
-                answer = all(item.stop <= first for item in items) and (columns >= first).sum() <= HEADER
-                if answer:
-                    first, stop = marks[-2] + 1 if len(marks) > 1 else 0, marks[-1]
-            behind = max([item.stop for item in items if item.stop <= stop], default=0)
-            turn = columns[(columns >= max(first, behind)) & (columns < stop)]
-            out.append(turn if len(turn) else columns[(columns >= first) & (columns < stop)])
-        return out
+        """`question_columns` of the call."""
+        shown = torch.ones(course.batch, course.length, dtype=torch.bool) if self.all_shown is None else self.all_shown
+        return question_columns(self.adapter, self.ids, self.all_items, shown)
 
     def _last_words(self, course: Course) -> Tensor:
         """int64 [B], on the CPU: column of the last token of each row's question."""
@@ -254,6 +232,22 @@ class Signals:
     def _instruction_mask(self, live: Sequence[Live], everything: Sequence[Live], course: Course) -> Tensor:
         columns = self._instructions(course)
         return _filled([len(columns[each.item.sample]) for each in live]).to(course.device, non_blocking=True)
+
+    def _instruction_queries(self, live: Sequence[Live], everything: Sequence[Live], course: Course) -> Tensor:
+        return self._unrotated(self._instruction(live, everything, course))[0]
+
+    def _instruction_keys(self, live: Sequence[Live], everything: Sequence[Live], course: Course) -> Tensor:
+        assert self.embeds is not None
+        rows = [self.embeds[e.origin.sample, e.origin.where][e.index] for e in live]
+        return self._unrotated(pad_sequence(rows, batch_first=True))[1]
+
+    def _unrotated(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries [I, S, H, d] and keys [I, S, G, d] of rows [I, S, D] in the last decoder layer, without RoPE."""
+        layer: Any = self.adapter.decoder_layers[-1]
+        device = layer.self_attn.q_proj.weight.device  # an offloaded layer is moved by its own hooks
+        made = self.adapter.queries_and_keys(layer, rows if device.type == "meta" else rows.to(device), None)
+        queries, keys = (part.transpose(1, 2).to(rows.device) for part in made)
+        return queries, keys
 
     def _prompt_features(self, live: Sequence[Live], everything: Sequence[Live], course: Course) -> Tensor:
         assert self.embeds is not None
@@ -400,6 +394,8 @@ class Signals:
 _MADE: dict[str, Any] = {
     "instruction": Signals._instruction,
     "instruction_mask": Signals._instruction_mask,
+    "instruction_queries": Signals._instruction_queries,
+    "instruction_keys": Signals._instruction_keys,
     "prompt_features": Signals._prompt_features,
     "text_features": Signals._text_features,
     "text_mask": Signals._text_mask,
@@ -444,6 +440,42 @@ def _places(item: Item) -> Tensor:
     """int64 [N]: positions of an item's tokens."""
     where = item.where
     return torch.arange(where.start, where.stop) if isinstance(where, slice) else where
+
+
+def question_columns(adapter: Adapter, ids: Tensor | None, items: Sequence[Item], shown: Tensor) -> list[Tensor]:
+    """Per row, columns (int64, on the CPU) of the question.
+
+    That is the user's last turn, without images and, if any is left, without what stands before them. Turns end with an
+    end-of-sequence token, as chat templates have it; at most `HEADER` tokens without an image behind the last one are
+    the head of the answer to come.
+
+    Args:
+        ids: int64 [B, S], on the CPU; None: turns cannot be told apart.
+        items: where the images are.
+        shown: bool [B, S], on the CPU, False for padding.
+    """
+    config = getattr(adapter.model, "generation_config", None)
+    ends = getattr(config, "eos_token_id", None)
+    ends = adapter.text_config.eos_token_id if ends is None else ends
+    ends = torch.tensor([] if ends is None else [ends] if isinstance(ends, int) else list(ends))
+    out = []
+    for row, visible in enumerate(shown):
+        own = [item for item in items if item.sample == row]
+        text = visible.clone()
+        for item in own:
+            text[item.start : item.stop] = False
+        columns = text.nonzero().flatten()
+        first, stop = 0, shown.shape[1]
+        marks = [] if ids is None else (torch.isin(ids[row], ends) & text).nonzero().flatten().tolist()
+        if marks:
+            first = marks[-1] + 1
+            answer = all(item.stop <= first for item in own) and (columns >= first).sum() <= HEADER
+            if answer:
+                first, stop = marks[-2] + 1 if len(marks) > 1 else 0, marks[-1]
+        behind = max([item.stop for item in own if item.stop <= stop], default=0)
+        turn = columns[(columns >= max(first, behind)) & (columns < stop)]
+        out.append(turn if len(turn) else columns[(columns >= first) & (columns < stop)])
+    return out
 
 
 def _wide(point: Entering) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from vlmprune.pruners.mustdrop import MustDrop
 from vlmprune.pruners.pitome import PiToMe
 from vlmprune.pruners.pool import Pool
 from vlmprune.pruners.pyramiddrop import PyramidDrop
+from vlmprune.pruners.qtsplus import QTSplus, QTSplusTrainingFree
 from vlmprune.pruners.random import Random
 from vlmprune.pruners.scope import PerFrame, PerTile
 from vlmprune.pruners.sparsevlm import SparseVLM
@@ -71,6 +72,8 @@ __all__ = [
     "PiToMe",
     "Pool",
     "PyramidDrop",
+    "QTSplus",
+    "QTSplusTrainingFree",
     "Random",
     "SparseVLM",
     "ToDRE",

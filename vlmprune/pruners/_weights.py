@@ -1,4 +1,4 @@
-"""Weights of methods that are trained: a folder with `config.json` and `model.safetensors`."""
+"""Weights of methods that are trained: a folder with `config.json` and `model.safetensors`, or part of a checkpoint."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def load_module(folder: str | Path, method: str, script: str, build: Callable[[d
             raise ValueError(f"these are weights of {config.get('method')!r}, not of {method!r}")
         module = build(config)
         module.load_state_dict(load_file(folder / "model.safetensors"))
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (OSError, AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"weights {str(folder)!r} are not a folder that {script} wrote (config.json and model.safetensors): {error}"
         ) from error
@@ -61,3 +61,43 @@ def check_width(method: str, script: str, hidden: int, tokens: VisualTokens) -> 
             f"these weights of {method} are for a language model of width {hidden}, this one has {width}: train others "
             f"with {script}"
         )
+
+
+def load_part(folder: str | Path, prefix: str, module: M) -> M:
+    """Fill `module` (made on the meta device) from a checkpoint that transformers saved, in the dtype stored.
+
+    Of the shards named by `model.safetensors.index.json`, or of `model.safetensors`, only the tensors that `module` has
+    are read: those of its names behind `prefix`.
+
+    Raises:
+        ValueError: no such files, or a tensor that is missing, has another shape, or cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    folder, what = Path(folder), f"checkpoint {str(folder)!r}"
+    wanted = {prefix + name: value for name, value in module.state_dict().items()}
+    index = folder / "model.safetensors.index.json"
+    try:
+        if index.exists():
+            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        else:
+            with safe_open(folder / "model.safetensors", "pt") as file:
+                shards = dict.fromkeys(file.keys(), "model.safetensors")
+        if missing := sorted(set(wanted) - set(shards)):
+            raise ValueError(f"{what} lacks {missing[0]!r}{f' and {len(missing) - 1} more' * (len(missing) > 1)}")
+        found: dict[str, torch.Tensor] = {}
+        for shard in sorted({shards[name] for name in wanted}):
+            with safe_open(folder / Path(shard).name, "pt") as file:
+                for name in wanted:
+                    if shards[name] == shard:
+                        found[name] = file.get_tensor(name)
+    except (OSError, KeyError, TypeError, json.JSONDecodeError, SafetensorError) as error:
+        raise ValueError(f"{what} cannot be read: {error}") from error
+    for name, value in wanted.items():
+        if found[name].shape != value.shape:
+            raise ValueError(
+                f"{what} has {name!r} of shape {list(found[name].shape)}, where its config.json asks for "
+                f"{list(value.shape)}"
+            )
+    module.load_state_dict({name.removeprefix(prefix): value for name, value in found.items()}, assign=True)
+    return module.eval().requires_grad_(False)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor
 
-from vlmprune.contract import Keep, Positions, Pruner, Selection, VisualTokens, check_keep
+from vlmprune.contract import Keep, Positions, Pruner, Selection, VisualTokens
 from vlmprune.pruners._schedule import stage_counts, truncate
 from vlmprune.pruners._top import top_indices
 from vlmprune.registry import register_pruner
@@ -126,8 +126,7 @@ class GSearch(_PerLayer):
     name: ClassVar[str] = "gsearch"
 
     def __post_init__(self) -> None:
-        if self.keep is not None:
-            check_keep(self.keep)
+        super().__post_init__()
         if self.schedule is None:
             raise ValueError(
                 "gsearch needs a schedule: search one for your model with examples/search_schedule.py and give "
@@ -137,7 +136,6 @@ class GSearch(_PerLayer):
             self.schedule = Schedule.load(self.schedule)
         if self.keep is None:
             self.keep = self.schedule.average
-        super().__post_init__()
 
     def layers(self, depth: int) -> tuple[int, ...]:
         ratios = self._ratios(depth)

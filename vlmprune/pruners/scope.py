@@ -14,7 +14,7 @@ from vlmprune.pruners._places import pictures
 from vlmprune.pruners._wrap import Wrapper
 
 # Signals that are not one entry a token along axis 1 (contract.SIGNALS).
-_OF_ITEM = {"instruction", "instruction_mask", "text_features", "text_mask"}
+_OF_ITEM = {"instruction", "instruction_mask", "instruction_queries", "text_features", "text_mask"}
 _OF_PICTURE = {"cls_features", "cls_keys"}
 _OF_ORIGINAL = {"prompt_features"}
 _TOKENS_LAST = {"text_attention", "next_text_attention"}
