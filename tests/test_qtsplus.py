@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -377,7 +379,7 @@ def test_errors(tmp_path: Path) -> None:
     inputs = FAMILIES["llava-clip-llama"].inputs(BATCHES["one"])
     with (
         vlmprune.prune(model, "qtsplus", weights=tmp_path),
-        pytest.raises(ValueError, match="32 wide, this one is 48 wide"),
+        pytest.raises(ValueError, match="of width 32, this one has 48"),
     ):
         model(**inputs)
     with pytest.raises(ValueError, match="positions"):
@@ -465,3 +467,120 @@ def test_training_free_scores_are_the_last_layers(family: Any) -> None:
         mine = picks(selection)[number]
         assert len(mine) == 6
         torch.testing.assert_close(scores[mine].sort(descending=True).values, scores.topk(6).values)
+
+
+@pytest.fixture(scope="module")
+def training() -> Any:
+    pytest.importorskip("accelerate")
+    folder = str(Path(__file__).parents[1] / "training")
+    sys.path.insert(0, folder)
+    try:
+        return importlib.import_module("qtsplus")
+    finally:
+        sys.path.remove(folder)
+
+
+@pytest.mark.parametrize("wanted", [None, 6])
+@pytest.mark.parametrize("name", ["llava-clip-llama", "llava-next", "qwen2.5-vl", "qwen3-vl", "internvl"])
+def test_the_hard_choice_of_the_training_is_the_sessions(training: Any, name: str, wanted: int | None) -> None:
+    """What training masks out, rewrites and renumbers, and with answers behind the prompts, is what a session drops."""
+    family = next(case for key, case in FAMILIES.items() if key.startswith(name))
+    model, inputs, folder = model_of(family), family.inputs(BATCHES["unequal"]), random_weights.qtsplus()
+    answers = torch.tensor([[11, 12]]).expand(len(inputs["input_ids"]), -1)
+    longer = {name: torch.cat([inputs[name], extra], 1) for name, extra in (("input_ids", answers),)}
+    longer["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(answers)], 1)
+    if "mm_token_type_ids" in inputs:
+        longer["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(answers)], 1)
+    selection = training.Selection(model, TokenSelector.load(folder))
+    selection.wanted, selection.prompt = wanted, inputs["input_ids"].shape[1]
+    selection.shown = longer["attention_mask"].bool()
+    with torch.no_grad():
+        masked = model(**{**inputs, **longer}, use_cache=False).logits[:, -3]
+    selection.remove()
+    with torch.no_grad(), vlmprune.prune(model, "qtsplus", keep=wanted, weights=folder) as session:
+        pruned = model(**inputs).logits[:, -1]
+    assert session.last.changed
+    for number, item in enumerate(session.last.items):
+        assert item.kept.tolist() == selection.kept[number].nonzero().flatten().tolist()
+    ends_in_text = (0, 1, 3)  # that of row 2 ends in an image, whose last token may be gone
+    torch.testing.assert_close(pruned[list(ends_in_text)], masked[list(ends_in_text)], atol=1e-4, rtol=0)
+
+
+def test_a_new_selector_scores_as_the_training_free_form(training: Any) -> None:
+    family = FAMILIES["llava-clip-llama"]
+    model, inputs = model_of(family), family.inputs(BATCHES["unequal"])
+    selection = training.Selection(model, training.selector_for(model, training.Settings()))
+    selection.wanted, selection.prompt = 6, inputs["input_ids"].shape[1]
+    selection.shown = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        model(**inputs, use_cache=False)
+    selection.remove()
+    with torch.no_grad(), vlmprune.prune(model, "qtsplus-training-free", keep=6) as session:
+        model(**inputs)
+    for number, item in enumerate(session.last.items):
+        assert item.kept.tolist() == selection.kept[number].nonzero().flatten().tolist()
+
+
+def test_gradients_reach_the_whole_selector_and_nothing_else(training: Any) -> None:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("skimage")
+    model, processor = training.load(None)
+    model.set_attn_implementation("sdpa")
+    settings = training.Settings(scoring=2, lambda_t=0.0, lambda_m=0.0, lambda_s=0.0)
+    selector = training.selector_for(model, settings)
+    run = training.Training(model.requires_grad_(False), selector, settings)
+    batch = training.collate(processor, [training.Questions(None, "train", 2)[i] for i in range(6)])
+    answer = run(batch, None, settings.temperature)["loss"]
+    answer.backward()
+    for name, parameter in selector.named_parameters():
+        still = "ffn.net.0" in name or "ffn_norm" in name  # behind a matrix that begins at 0
+        assert (parameter.grad.abs().sum() > 0) != still, name
+    assert all(parameter.grad is None for parameter in model.parameters())
+    run.selection.remove()
+
+
+def test_budget_terms_pull_the_share_down(training: Any) -> None:
+    """lambda_t (rho N)^2 / nmax^2 + lambda_m rho N / nmax + lambda_s (rho - mean)^2, and their gradient."""
+    family = FAMILIES["llava-clip-llama"]
+    model, inputs = model_of(family), family.inputs([[1, ("image", 0), 2, 3, 4], [5, ("image", 1), 7, 8, 9]])
+    inputs["labels"] = torch.where(torch.arange(inputs["input_ids"].shape[1]) == 28, inputs["input_ids"], -100)
+    settings = training.Settings(most=20, lambda_t=0.3, lambda_m=0.2, lambda_s=0.1)
+    selector = training.selector_for(model, settings)
+    run = training.Training(model, selector, settings)
+    parts = run(inputs, None, 0.5)
+    tokens = parts["share"] * 25 / 20
+    spread = (parts["share"] - parts["share"].mean()).square()
+    torch.testing.assert_close(
+        parts["loss"], parts["answer"] + (0.3 * tokens.square() + 0.2 * tokens + 0.1 * spread).mean()
+    )
+    (parts["loss"] - parts["answer"]).backward()
+    assert selector.budget.mlp[2].bias.grad.item() > 0
+    run.selection.remove()
+
+
+def test_training_moves_the_selector_and_saves(training: Any, tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("skimage")
+    run = training.Settings(out=tmp_path, scenes=(6, 1), steps=3, batch=6, counts=(9,))
+    training.train(run)
+    again = TokenSelector.load(tmp_path)
+    assert (again.width, again.depth, again.most) == (128, 4, 72)
+    model, _ = training.load(None)
+    torch.manual_seed(run.seed)
+    fresh = training.selector_for(model, run)
+    moved = [name for name, value in fresh.state_dict().items() if not torch.allclose(value, again.state_dict()[name])]
+    assert {name.split(".")[0] for name in moved} == {"scoring_layers", "budget", "reencode_layers"}
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert [row["asked"] for row in config["held_out"]] == ["predicted", 9]
+    with pytest.raises(ValueError, match="for another language model"):
+        training.selector_for(model, training.Settings(start=str(random_weights.qtsplus())))
+
+
+def test_drawn_counts_cover_the_range(training: Any) -> None:
+    settings = training.Settings(drawn=0.5)
+    counts = [training.drawn(settings, step, 144) for step in range(200)]
+    given = [count for count in counts if count is not None]
+    assert len(given) == 100
+    assert min(given) <= 8
+    assert max(given) >= 68
+    assert training.drawn(training.Settings(drawn=0.0), 5, 144) is None

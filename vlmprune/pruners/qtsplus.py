@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vlmprune.contract import Keep, Positions, Pruner, Selection, VisualTokens
 from vlmprune.pruners._top import top_indices
-from vlmprune.pruners._weights import load_module, load_part, save_module
+from vlmprune.pruners._weights import check_width, load_module, load_part, save_module
 from vlmprune.registry import register_pruner
 
 PREFIX = "model.qts_plus.selector."
@@ -361,6 +361,7 @@ class QTSplus(_Counted):
 
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
         question, words, valid = tokens.signal("instruction"), tokens.signal("instruction_mask"), tokens.valid
+        check_width("qtsplus", "training/qtsplus.py", self._selector.width, tokens)
         selector = self._on(tokens.features)
         with torch.no_grad():
             scores = selector.scores(question, tokens.features, words, valid)
@@ -375,11 +376,6 @@ class QTSplus(_Counted):
 
     def _on(self, features: Tensor) -> TokenSelector:
         """The selector where the features are and as precise as they are."""
-        if features.shape[-1] != self._selector.width:
-            raise ValueError(
-                f"these weights of qtsplus are for a language model {self._selector.width} wide, this one is "
-                f"{features.shape[-1]} wide: train others with training/qtsplus.py, or use qtsplus-training-free"
-            )
         if self._placed is None or self._placed[:2] != (features.device, features.dtype):
             made = copy.deepcopy(self._selector).to(features.device)
             for layers in (made.scoring_layers, made.reencode_layers):
@@ -390,12 +386,13 @@ class QTSplus(_Counted):
     def selection_flops(self, count: int, keep: int, width: int) -> int:
         """FLOPs of projecting an item's `count` tokens for the scorer and of rewriting `keep` of them.
 
-        Without the scores themselves, which grow with the question's length.
+        Without what grows with the question's length.
         """
         narrow = width // self._selector.heads * self._selector.kv_heads
+        scored = 2 * len(self._selector.scoring_layers) - 1  # keys, and values of all but the last
         rewritten = len(self._selector.reencode_layers) * self.reencode
         layer = 2 * keep * width * (10 * width + 2 * narrow) + 4 * keep * keep * width
-        return 2 * count * width * narrow + rewritten * layer
+        return scored * 2 * count * width * narrow + rewritten * layer
 
 
 @register_pruner
