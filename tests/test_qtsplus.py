@@ -310,8 +310,8 @@ def test_a_published_checkpoint(golden: dict[str, Any], tmp_path: Path, shards: 
     assert (selector.depth, selector.most, selector.share) == (4, 2560, (0.25, 1.0))
     assert not selector.training
     for name, value in selector.state_dict().items():
-        assert value.dtype == dtype
-        assert torch.equal(value, tensors[PREFIX + name].to(dtype))
+        assert value.dtype == (torch.float32 if "budget" in name else dtype)
+        assert torch.equal(value, tensors[PREFIX + name].to(dtype).to(value.dtype))
     if shards > 1:  # a shard with nothing of the selector need not be there
         index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
         index["weight_map"]["lm_head.weight"] = "model-00009-of-00009.safetensors"

@@ -138,11 +138,18 @@ class _Core(nn.Module):
         super().__init__()
         self.core = block
 
+    def forward(self, rows: Tensor, bias: Tensor | None) -> Tensor:
+        return self.core(rows, rows, bias)
+
 
 class _Budget(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(width + 3, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, 1))
+
+    def forward(self, known: Tensor) -> Tensor:
+        """fp32 [I] of fp32 [I, D + 3]."""
+        return self.mlp(known).squeeze(1)
 
 
 class TokenSelector(nn.Module):
@@ -195,9 +202,11 @@ class TokenSelector(nn.Module):
             rows: [I, N, D], visual tokens as the language model sees them.
             words, valid: bool [I, M] and [I, N], which of them are real.
         """
-        for layer in self.scoring_layers[:-1]:
+        layers: list[Any] = list(self.scoring_layers)
+        *before, last = layers
+        for layer in before:
             question = layer(question, rows, _bias(valid))
-        queries, keys = self.scoring_layers[-1].project(question, rows)
+        queries, keys = last.project(question, rows)
         return relevance(queries, keys, words, valid)
 
     def shares(self, question: Tensor, scores: Tensor, words: Tensor, valid: Tensor) -> Tensor:
@@ -206,9 +215,7 @@ class TokenSelector(nn.Module):
         count = valid.sum(1, keepdim=True).float().log()
         known = torch.cat([mean, count, scores.amax(1, keepdim=True), entropy(scores)[:, None]], 1)
         low, high = self.share
-        mlp = self.budget.mlp
-        hidden = F.gelu(F.linear(known, mlp[0].weight.float(), mlp[0].bias.float()))
-        return low + (high - low) * F.linear(hidden, mlp[2].weight.float(), mlp[2].bias.float()).squeeze(1).sigmoid()
+        return low + (high - low) * self.budget(known).sigmoid()
 
     def counts(self, shares: Tensor, valid: Tensor) -> Tensor:
         """n, int64 [I]: min(max(1, ceil(rho N)), most)."""
@@ -221,7 +228,7 @@ class TokenSelector(nn.Module):
             there: bool [I, K], which rows are real; or an fp32 bias on the attention they get. None: all.
         """
         for layer in self.reencode_layers:
-            rows = layer.core(rows, rows, _bias(there))
+            rows = layer(rows, _bias(there))
         return rows
 
     def save(self, folder: str | Path, **notes: Any) -> None:
@@ -257,7 +264,9 @@ class TokenSelector(nn.Module):
         except (OSError, ValueError):
             config = {}
         if isinstance(config, dict) and any(name.startswith("qts_plus") for name in config):
-            return load_part(folder, PREFIX, cls._published(folder, config))
+            selector = load_part(folder, PREFIX, cls._published(folder, config))
+            selector.budget.float()
+            return selector
         return load_module(folder, "qtsplus", "training/qtsplus.py", cls._saved)
 
     @classmethod
