@@ -39,6 +39,7 @@ class Adapter(ABC):
         modalities: "image", "video": what has a `get_*_features` method and a placeholder `config.*_token_id`.
         group: patches that lie side by side in a row that the projector takes.
         positions: position policies that make sense for the family.
+        clocked: whether a growing video moves on in the first position component alone (see `stream_positions`).
     """
 
     family: ClassVar[str]
@@ -46,6 +47,7 @@ class Adapter(ABC):
     modalities: ClassVar[tuple[str, ...]] = ("image",)
     group: ClassVar[int] = 1
     positions: ClassVar[frozenset[str]] = frozenset({"original", "compact"})
+    clocked: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -145,6 +147,27 @@ class Adapter(ABC):
         if rotary is None:
             return queries, keys
         return vars(sys.modules[type(attention).__module__])["apply_rotary_pos_emb"](queries, keys, *rotary)
+
+    def turned(self, layer: nn.Module, keys: Tensor, by: Tensor) -> Tensor:
+        """Cached keys [B, G, N, d] of a decoder layer as they were `by` (int64 [..., B, N]) positions further on."""
+        scaling = getattr(self.language_model.rotary_emb, "attention_scaling", 1.0)
+        cos, sin = (part / scaling for part in self.rotary(keys.float(), by))
+        rotate = vars(sys.modules[type(layer.self_attn).__module__])["apply_rotary_pos_emb"]
+        return rotate(keys.float(), keys.float(), cos, sin)[1].to(keys.dtype)
+
+    def stream_positions(self, call: dict[str, Any]) -> Tensor:
+        """int64 [C, N + 1]: positions of N new columns of a prompt, counted from its next one, and of text behind them.
+
+        Args:
+            call: `input_ids` [1, N], text and then one frame (or as many as a temporal patch takes), and the
+                processor's other outputs for it. Where the family is `clocked`, frames after a video's first bring no
+                text, and the first component is to be moved on by their time.
+        """
+        return torch.arange(call["input_ids"].shape[1] + 1)[None]
+
+    def stream_rate(self) -> float | None:
+        """Of a `clocked` family: positions a second of video; None: one a temporal patch, whatever it lasts."""
+        return None
 
     def cut(self, kwargs: dict[str, Any], columns: Tensor | None) -> dict[str, Any]:
         """The language model's arguments with the family's own per-column ones cut.

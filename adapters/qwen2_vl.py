@@ -23,6 +23,7 @@ class Qwen2VLAdapter(Adapter):
     model_types = ("qwen2_vl", "qwen2_5_vl")
     modalities = ("image", "video")
     positions = frozenset({"original"})
+    clocked = True
 
     def geometries(self, modality: str, call: dict[str, Any]) -> list[Geometry]:
         pixels = call.get("pixel_values" if modality == "image" else "pixel_values_videos")
@@ -54,3 +55,16 @@ class Qwen2VLAdapter(Adapter):
     def project(self, rows: Tensor) -> Tensor:
         patches = rows.reshape(-1, rows.shape[-1] // self.group)
         return self.tower.projector(patches).view(*rows.shape[:-1], -1)
+
+    def stream_positions(self, call: dict[str, Any]) -> Tensor:
+        ids = call["input_ids"].cpu()
+        ids = torch.cat([ids, torch.zeros_like(ids[:, :1])], dim=1)
+        kinds = torch.zeros_like(ids, dtype=torch.int32)
+        for number, modality in enumerate(self.modalities, 1):
+            kinds[:, :-1] += number * (ids[:, :-1] == getattr(self.config, f"{modality}_token_id"))
+        grids = {name: call[name].cpu() for name in ("image_grid_thw", "video_grid_thw") if name in call}
+        positions, _ = self.core.get_rope_index(ids, mm_token_type_ids=kinds, **grids)  # type: ignore[operator]
+        return positions[:, 0]
+
+    def stream_rate(self) -> float | None:
+        return getattr(self.config.vision_config, "tokens_per_second", None)

@@ -14,6 +14,7 @@ class Qwen3VLAdapter(Qwen2VLAdapter):
 
     family = "Qwen3-VL"
     model_types = ("qwen3_vl", "qwen3_vl_moe")
+    clocked = False
 
     @property
     def earliest_stage(self) -> int:

@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from vlmprune.registry import create_pruner, list_pruners, register_pruner
     from vlmprune.report import ItemReport, PruneReport, StageReport
     from vlmprune.session import Session, prune
+    from vlmprune.streaming import Stream, StreamReport, stream
 
 __version__ = "0.1.0"
 
@@ -77,6 +78,9 @@ _lazy = {
     "register_pruner": "vlmprune.registry",
     "prune": "vlmprune.session",
     "Session": "vlmprune.session",
+    "stream": "vlmprune.streaming",
+    "Stream": "vlmprune.streaming",
+    "StreamReport": "vlmprune.streaming",
     "PruneReport": "vlmprune.report",
     "ItemReport": "vlmprune.report",
     "StageReport": "vlmprune.report",
@@ -175,6 +179,8 @@ __all__ = [
     "Session",
     "SparseVLM",
     "StageReport",
+    "Stream",
+    "StreamReport",
     "ToDRE",
     "ToMe",
     "TokenCorrelation",
@@ -190,6 +196,7 @@ __all__ = [
     "list_pruners",
     "prune",
     "register_pruner",
+    "stream",
 ]
 
 

@@ -42,13 +42,16 @@ def prune(model: nn.Module, pruner: Pruner | str, **settings: Any) -> Session:
         ValueError: unsupported model, unknown pruner, a bad hyper-parameter, a signal that the model lacks, or a model
             that has a session already.
     """
+    return Session(model, as_pruner(pruner, **settings))
+
+
+def as_pruner(pruner: Pruner | str, **settings: Any) -> Pruner:
+    """The pruner that a name, or a pruner, and hyper-parameters stand for; see `prune`."""
     if isinstance(pruner, str):
-        pruner = create_pruner(pruner, **settings)
-    elif not isinstance(pruner, Pruner):
+        return create_pruner(pruner, **settings)
+    if not isinstance(pruner, Pruner):
         raise ValueError(f'pruner must be a name such as "divprune" or a vlmprune.Pruner, got {pruner!r}')
-    elif settings:
-        pruner = replace(pruner, **settings)
-    return Session(model, pruner)
+    return replace(pruner, **settings) if settings else pruner
 
 
 class Live:
