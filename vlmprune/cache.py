@@ -49,6 +49,7 @@ class PrunedLayer(CacheLayerMixin):
         self.group = 0  # the first of the neighbouring layers that hold the same columns
         self.pending: tuple[Tensor, int] | None = None
         self.evicted: Tensor | None = None  # int64 [B, 1], columns that left after queries had been placed behind them
+        self.slots: Tensor | None = None  # int64 [B, L], of a static layer: original column of every slot, -1 for none
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.inner!r}, hidden={self.hidden})"
@@ -94,7 +95,18 @@ class PrunedLayer(CacheLayerMixin):
             self.columns, seen = self.pending
             self.hidden = seen - self.columns.shape[1]
             self.pending = None
+            self._number_slots()
         return self.inner.update(key_states, value_states, *args, **kwargs)
+
+    def _number_slots(self) -> None:
+        """Number the slots of a static layer, once, so that a compiled decode step finds them ready."""
+        if not self.is_compileable or self.columns is None:
+            self.slots = None
+            return
+        total = self.inner.get_max_length()
+        after = torch.arange(self.columns.shape[1] + self.hidden, total, device=self.columns.device)
+        known = torch.cat([self.columns, after.expand(len(self.columns), -1)], dim=1)
+        self.slots = torch.nn.functional.pad(known, (0, total - known.shape[1]), value=-1)
 
     def held(self) -> Tensor | None:
         """int64 [B, P]: original column of every entry held now, -1 for padding; None before the first prune."""
@@ -131,11 +143,13 @@ class PrunedLayer(CacheLayerMixin):
         width = int(filled[-1]) + 1 if len(filled) else 0
         self.inner.crop(-(tail + self.columns.shape[1] - width))
         self.columns, self.hidden, self.padded = columns[:, :width], seen - width, True
+        self._number_slots()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.inner.reorder_cache(beam_idx)
         if self.columns is not None:
             self.columns = self.columns.index_select(0, beam_idx.to(self.columns.device))
+            self._number_slots()
         if self.evicted is not None:
             self.evicted = self.evicted.index_select(0, beam_idx.to(self.evicted.device))
 
@@ -143,6 +157,7 @@ class PrunedLayer(CacheLayerMixin):
         self.inner.batch_repeat_interleave(repeats)
         if self.columns is not None:
             self.columns = self.columns.repeat_interleave(repeats, dim=0)
+            self._number_slots()
         if self.evicted is not None:
             self.evicted = self.evicted.repeat_interleave(repeats, dim=0)
 
@@ -150,12 +165,14 @@ class PrunedLayer(CacheLayerMixin):
         self.inner.batch_select_indices(indices)
         if self.columns is not None:
             self.columns = self.columns[indices.to(self.columns.device)]
+            self._number_slots()
         if self.evicted is not None:
             self.evicted = self.evicted[indices.to(self.evicted.device)]
 
     def reset(self) -> None:
         self.inner.reset()
         self.columns, self.hidden, self.padded, self.pending, self.evicted = None, 0, False, None, None
+        self.slots = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.inner.lazy_initialization(key_states, value_states)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.masking_utils import create_causal_mask
 
 from vlmprune.cache import Physical, PrunedLayer, cache_of, wrap_layers
@@ -194,6 +194,68 @@ class Course:
         made = make(not types or "sliding_attention" in types)
         # None means "plain causal"; without a cache that must be said with a mask.
         return held if made is None and cache is None else made
+
+
+class Step:
+    """One decode step on a static cache whose masks are ready: tensor operations only, so that it compiles.
+
+    `generate()` prepares the mask over the columns of the unpruned sequence; each layer takes from it what its slots
+    came from.
+
+    Attributes:
+        mask: bool, or floats to add, [B, 1, 1, L]; or such masks by the kind of layer.
+        positions: int64 [..., B, 1].
+    """
+
+    def __init__(self, mask: Any, positions: Tensor, policy: Positions) -> None:
+        self.mask, self.positions, self.policy = mask, positions, policy
+
+    def arguments(self, layer: PrunedLayer) -> tuple[Tensor, Any]:
+        """Position ids, and what to hand on as attention mask, for the layers that hold what `layer` holds."""
+        slots = layer.slots
+        assert slots is not None
+        if not isinstance(self.mask, dict):
+            mask = _of_slots(self.mask, slots)
+            return self._positions(self.mask, mask), mask
+        masks = {kind: _of_slots(each, slots) for kind, each in self.mask.items()}
+        kind = next(iter(masks))
+        return self._positions(self.mask[kind], masks[kind]), masks
+
+    def _positions(self, before: Tensor, after: Tensor) -> Tensor:
+        """Compact: the token moves down by as many visible columns as are gone."""
+        if self.policy != "compact":
+            return self.positions
+        gone = _visible(before).sum(-1) - _visible(after).sum(-1)
+        return self.positions - gone[:, 0]
+
+    @staticmethod
+    def ready(kwargs: Mapping[str, Any], inputs: str) -> bool:
+        """Whether a call is such a step: one column without pictures, behind a prompt."""
+        cache, new, mask = cache_of(kwargs), kwargs.get(inputs), kwargs.get("attention_mask")
+        if not isinstance(cache, StaticCache) or new is None or new.shape[1] != 1:
+            return False
+        layer = cache.layers[0]
+        if not layer.is_initialized or kwargs.get("labels") is not None:
+            return False
+        masks = list(mask.values()) if isinstance(mask, dict) else [mask]
+        if not all(isinstance(each, Tensor) and each.ndim == 4 for each in masks):
+            return False
+        if any(value is not None for name, value in kwargs.items() if name.startswith(("pixel_values", "mm_encoder"))):
+            return False
+        # A cache that was reset waits for a prompt; looking needs the host, and compiled steps follow a prompt anyway.
+        return torch.compiler.is_compiling() or bool(layer.get_seq_length() > 0)
+
+
+def _of_slots(mask: Tensor, slots: Tensor) -> Tensor:
+    """A mask over columns, [B, 1, Q, L], as one over slots [B, L]."""
+    slots = slots.to(mask.device)[:, None, None]
+    taken = mask.expand(len(slots), -1, -1, -1).gather(3, slots.clamp(min=0).expand(-1, -1, mask.shape[2], -1))
+    hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    return taken.masked_fill(slots < 0, hidden)
+
+
+def _visible(mask: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else mask == 0
 
 
 def padding_mask(mask: Any, total: int, length: int) -> Tensor:

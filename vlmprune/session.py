@@ -15,9 +15,17 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from vlmprune.adapters import adapter_for
-from vlmprune.cache import CACHE_ARGUMENT, OLD_CACHE_ARGUMENT, cache_of, is_pruned, kv_bytes, unpruned_kv_bytes
+from vlmprune.cache import (
+    CACHE_ARGUMENT,
+    OLD_CACHE_ARGUMENT,
+    PrunedLayer,
+    cache_of,
+    is_pruned,
+    kv_bytes,
+    unpruned_kv_bytes,
+)
 from vlmprune.contract import Geometry, Item, Pruner, VisualTokens
-from vlmprune.course import Course, padding_mask
+from vlmprune.course import Course, Step, padding_mask
 from vlmprune.eviction import Eviction
 from vlmprune.flops import solve_keep
 from vlmprune.plan import Kept, ascending, plan_rows
@@ -81,6 +89,8 @@ class Session:
         self._last: PruneReport | None = None
         self._call: dict[str, Any] = {}  # what the call in progress brought, from one hook to the next
         self._course: Course | None = None
+        self._step: Step | None = None  # a decode step in progress that takes the short way
+        self._step_kwargs: dict[str, Any] = {}
         self._live: list[Live] = []
         self._finite: Tensor | None = None
         self._eviction = Eviction(self.pruner, adapter, self._signals)
@@ -184,6 +194,7 @@ class Session:
         for handle in self._handles:
             handle.remove()
         self._handles, self._call, self._course, self._live = [], {}, None, []
+        self._step, self._step_kwargs = None, {}
         self._signals.clear()
         self.adapter.forget()
 
@@ -197,6 +208,8 @@ class Session:
         return f"Session({type(self.model).__name__}, {self.pruner}, {'open' if self._handles else 'closed'})"
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if Step.ready(kwargs, "input_ids"):
+            return None
         keep = kwargs.get("logits_to_keep", 0)
         self._call = {"logits_to_keep": keep if isinstance(keep, int) else len(keep)}
         if kwargs.get("labels") is None:
@@ -206,6 +219,8 @@ class Session:
         return args, {**kwargs, "labels": None}
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not self._call:
+            return None
         call, self._call = self._call, {}
         course, self._course, self._live = self._course, None, []
         labels = call.get("labels")
@@ -222,6 +237,8 @@ class Session:
         return (loss, *output) if isinstance(output, tuple) else type(output)(**{**output, "loss": loss})
 
     def _before_core(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if Step.ready(kwargs, "input_ids"):
+            return
         self._raise_if_not_finite()
         arguments = self.adapter.bind(args, kwargs)
         items = self.adapter.items(arguments)
@@ -239,6 +256,9 @@ class Session:
             self._call["shown"] = mask[:, -length:].cpu() if items else None
 
     def _before_language_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._step, self._step_kwargs = None, {}
+        if "items" not in self._call and Step.ready(kwargs, "inputs_embeds"):
+            return self._before_step(args, kwargs)
         items: list[Item] = self._call.get("items", [])
         embeds, cache = kwargs.get("inputs_embeds"), cache_of(kwargs)
         self._course, self._live = None, []
@@ -246,10 +266,7 @@ class Session:
         if embeds is None:
             return None
         seen = _seen(cache)
-        if not (any(self._stages) or self._eviction.layers) and any(
-            getattr(layer, "group", 0) for layer in getattr(cache, "layers", ())
-        ):
-            raise ValueError("this cache was pruned inside the decoder: go on with it in a session of such a method")
+        self._raise_if_of_another_kind(cache)
         mask, shown = self._call.get("mask"), self._call.get("shown")
         course = self._course = Course(module, kwargs, self.pruner.positions, seen, mask, shown)
         self._live = [Live(item, torch.arange(item.length, device=embeds.device)) for item in items]
@@ -280,7 +297,26 @@ class Session:
             CACHE_ARGUMENT: course.cache,
         }
 
+    def _before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The short way of a decode step: nothing here looks at what a tensor holds, or leaves anything behind."""
+        cache, positions = cache_of(kwargs), kwargs.get("position_ids")
+        if positions is None:
+            embeds = kwargs["inputs_embeds"]
+            positions = torch.zeros(len(embeds), 1, dtype=torch.int64, device=embeds.device) + cache.get_seq_length()
+        layers = cache.layers
+        if not any(isinstance(layer, PrunedLayer) and layer.slots is not None for layer in layers):
+            return None
+        self._raise_if_of_another_kind(cache)
+        self._step = Step(kwargs["attention_mask"], positions, self.pruner.positions)
+        first = layers[0]
+        if not (isinstance(first, PrunedLayer) and first.slots is not None):
+            return None
+        positions, mask = self._step.arguments(first)
+        return args, {**kwargs, "position_ids": positions, "attention_mask": mask}
+
     def _before_layer(self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._step is not None:
+            return self._step_before_layer(number, self._step, args, kwargs)
         course = self._course
         if course is None:
             return None
@@ -308,6 +344,19 @@ class Session:
         if args:
             return (hidden, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": hidden}
+
+    def _step_before_layer(self, number: int, step: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        held = cache_of(kwargs).layers[number]
+        if number and held.group == number:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            positions, mask = step.arguments(held)
+            kind = getattr(self.adapter.text_config, "layer_types", None)
+            self._step_kwargs = {
+                "attention_mask": mask[kind[number]] if isinstance(mask, dict) else mask,
+                "position_embeddings": self.adapter.rotary(hidden, positions),
+                "position_ids": positions if kwargs.get("position_ids") is not None else None,
+            }
+        return args, {**kwargs, **self._step_kwargs}
 
     def _stage(self, layer: int, course: Course, rows: Tensor) -> Tensor:
         """Let the pruner choose before `layer`: the rows [B, P, D] that are left, the course and the report updated."""
@@ -370,6 +419,9 @@ class Session:
         return rows
 
     def _after_language_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if self._step is not None:
+            self._step, self._step_kwargs = None, {}
+            return
         if self._live:
             self._signals.clear()
             self.adapter.forget()
@@ -411,6 +463,12 @@ class Session:
             },
             config=self.adapter.config,
         )
+
+    def _raise_if_of_another_kind(self, cache: Any) -> None:
+        if any(self._stages) or self._eviction.layers:
+            return
+        if any(getattr(layer, "group", 0) for layer in getattr(cache, "layers", ())):
+            raise ValueError("this cache was pruned inside the decoder: go on with it in a session of such a method")
 
     def _check_finite(self, features: Tensor) -> None:
         # Looking costs a synchronisation on a GPU: there the answer is looked at with the next call or report.
