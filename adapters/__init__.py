@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 from torch import nn
@@ -14,16 +15,27 @@ from vlmprune.adapters.llava_next_video import LlavaNextVideoAdapter
 from vlmprune.adapters.llava_onevision import LlavaOnevisionAdapter
 from vlmprune.adapters.qwen2_vl import Qwen2VLAdapter
 from vlmprune.adapters.qwen3_vl import Qwen3VLAdapter
+from vlmprune.adapters.video_llava import VideoLlavaAdapter
 
 FAMILIES: tuple[type[Adapter], ...] = (
     LlavaAdapter,
     LlavaNextAdapter,
     LlavaNextVideoAdapter,
     LlavaOnevisionAdapter,
+    VideoLlavaAdapter,
     Qwen2VLAdapter,
     Qwen3VLAdapter,
     InternVLAdapter,
 )
+
+
+_processors: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+
+
+def introduce(model: Any, processor: Any) -> None:
+    """Tell which processor writes a model's prompts: what is a video, InternVL's prompts say in words alone."""
+    if isinstance(model := unwrap(model), nn.Module):
+        _processors[model] = processor
 
 
 def unwrap(model: Any) -> Any:
@@ -43,9 +55,9 @@ def adapter_for(model: Any) -> Adapter:
     for family in FAMILIES:
         parts = hasattr(model, "language_model") or hasattr(getattr(model, "model", None), "language_model")
         if isinstance(model, nn.Module) and kind in family.model_types and parts:
-            return family(model)
+            return family(model, _processors.get(model))
     known = ", ".join(f"{family.family} ({', '.join(family.model_types)})" for family in FAMILIES)
     raise ValueError(f"{type(model).__name__} is not a supported vision-language model; supported families: {known}.")
 
 
-__all__ = ["FAMILIES", "Adapter", "adapter_for", "unwrap"]
+__all__ = ["FAMILIES", "Adapter", "adapter_for", "introduce", "unwrap"]

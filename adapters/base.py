@@ -40,6 +40,9 @@ class Adapter(ABC):
         group: patches that lie side by side in a row that the projector takes.
         positions: position policies that make sense for the family.
         clocked: whether a growing video moves on in the first position component alone (see `stream_positions`).
+
+    Args:
+        processor: the one that writes the model's prompts, where it is known; it has the tokenizer.
     """
 
     family: ClassVar[str]
@@ -49,8 +52,8 @@ class Adapter(ABC):
     positions: ClassVar[frozenset[str]] = frozenset({"original", "compact"})
     clocked: ClassVar[bool] = False
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, processor: Any = None) -> None:
+        self.model, self.processor = model, processor
         # The bare `LlavaModel` and the one with a head (which holds it as `.model`) are both served.
         self.core: nn.Module = model if hasattr(model, "language_model") else model.model  # type: ignore[assignment]
         self.language_model: nn.Module = self.core.language_model  # type: ignore[assignment]

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import functools
+import re
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from vlmprune.adapters.base import Adapter, item_at
 from vlmprune.adapters.tower import Tower
 from vlmprune.contract import Geometry, Item
+
+FRAME = re.compile(r"Frame(\d+): ?(?:<[^<>]*>)?\s*$")
+FRAME_WORDS = 32  # more tokens than these words ever take
 
 
 class InternVLAdapter(Adapter):
     """A plane a tile. How the tiles lie in the picture only the processor knows; the thumbnail, if any, is the last.
 
     The model does not know which tiles make an image: an item is a run of placeholders (the prompt has `<img>` and
-    `</img>` around it). A video comes as a run a frame, and its frames are items of their own.
+    `</img>` around it). A video comes as a run of one tile a frame, each behind the words "Frame1: " and so on: with
+    the processor at hand to read them, all its frames are one item; without, each is an item of its own.
     """
 
     family = "InternVL"
@@ -60,29 +67,65 @@ class InternVLAdapter(Adapter):
         tiles = self.brought("image", call)
         if not tiles:
             return []
-        each, items, used = len(tiles[0][0]), [], 0
+        tile, items, used = tiles[0][0], [], 0
         for sample, row in enumerate(self.placeholders(call, self.config.image_token_id)):
             columns = row.nonzero().flatten()
-            for run in columns.tensor_split((columns.diff() > 1).nonzero().flatten() + 1):
-                count, rest = divmod(len(run), each)
-                if rest:
+            runs = [run for run in columns.tensor_split((columns.diff() > 1).nonzero().flatten() + 1) if len(run)]
+            for run in runs:
+                if len(run) % len(tile):
                     raise ValueError(
-                        f"row {sample} has a run of {len(run)} visual placeholders, which tiles of {each} do not divide"
+                        f"row {sample} has a run of {len(run)} visual placeholders, which tiles of {len(tile)} do not "
+                        "divide"
                     )
-                if count:
-                    items.append(item_at(sample, run, join(tiles[0][0], count), tiles[min(used, len(tiles) - 1)][1]))
-                    used += count
+            ids = call.get("input_ids")
+            for kind, together in self._pictures(runs, len(tile), None if ids is None else ids[sample]):
+                run = torch.cat(together)
+                count = len(run) // len(tile)
+                items.append(item_at(sample, run, join(tile, count, kind), tiles[min(used, len(tiles) - 1)][1]))
+                used += count
         if used != len(tiles):
             raise ValueError(f"the prompt has placeholders for {used} tiles and the call brings {len(tiles)}")
         return items
 
+    def _pictures(
+        self, runs: list[Tensor], each: int, ids: Tensor | None
+    ) -> Iterator[tuple[Literal["image", "video"], list[Tensor]]]:
+        """What is one item of a row's runs: an image, or all frames of a video.
 
-def join(tile: Geometry, count: int) -> Geometry:
-    """The geometry of `count` such tiles, one plane each."""
+        Args:
+            ids: int64 [S], the row; None where embeddings came in their place.
+        """
+        numbers = [0] * len(runs) if ids is None or self.processor is None else self._frames(runs, each, ids.cpu())
+        video: list[Tensor] = []
+        for run, number in zip(runs, numbers):
+            if video and number != len(video) + 1:
+                yield "video", video
+                video = []
+            if number == len(video) + 1:
+                video = [*video, run]
+            else:
+                yield "image", [run]
+        if video:
+            yield "video", video
+
+    def _frames(self, runs: list[Tensor], each: int, ids: Tensor) -> list[int]:
+        """Of each run, which frame of a video it is by the words before it; 0 for an image."""
+        tokenizer, numbers, behind = self.processor.tokenizer, [], 0
+        for run in runs:
+            before = ids[max(behind, int(run[0]) - FRAME_WORDS) : run[0]]
+            found = FRAME.search(tokenizer.decode(before)) if len(run) == each else None
+            numbers.append(int(found[1]) if found else 0)
+            behind = int(run[-1]) + 1
+        return numbers
+
+
+def join(tile: Geometry, count: int, kind: Literal["image", "video"]) -> Geometry:
+    """The geometry of `count` such tiles or frames, one plane each."""
     assert tile.sources is not None
     patches = tile.pictures[0][0] * tile.pictures[0][1]
     return replace(
         tile,
+        kind=kind,
         plane=torch.arange(count).repeat_interleave(len(tile)),
         row=tile.row.repeat(count),
         col=tile.col.repeat(count),

@@ -51,7 +51,11 @@ class LlavaAdapter(Adapter):
 
     @functools.cached_property
     def tower(self) -> Tower:
-        module: Any = self.core.vision_tower
+        return self.tower_in("vision_tower")
+
+    def tower_in(self, name: str) -> Tower:
+        """The tower that `core` holds by this name."""
+        module: Any = getattr(self.core, name)
         layers = getattr(module, "vision_model", module).encoder.layers
         feature_layer = self.config.vision_feature_layer
         last = feature_layer if isinstance(feature_layer, int) else feature_layer[-1]

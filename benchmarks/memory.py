@@ -2,6 +2,9 @@
 
     python benchmarks/memory.py [--tokens 12544] [--width 1024] [--keep 0.1] [--out benchmarks/results/memory-cpu.json]
 
+`--methods` measures only these, and leaves the others in the file as they are. What takes trained weights is given
+untrained ones: they choose other tokens in the same memory.
+
 Each line runs in a process of its own: the peak of the resident set while choosing, less what was resident before. An
 attention map of 12 544 x 12 544 fp32 would take 600 MiB a head.
 """
@@ -12,6 +15,7 @@ import argparse
 import json
 import multiprocessing
 import platform
+import tempfile
 import time
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -25,8 +29,28 @@ from vlmprune.contract import SIGNALS, Geometry, VisualTokens
 from vlmprune.registry import pruner_classes
 
 DEPTH, TEXT, HEADS = 28, 32, 8
-FIELDS: dict[str, dict[str, Any]] = {"tome": {"where": "boundary"}, "pitome": {"where": "boundary"}}
 ATTENTION = ("last_attention", "text_attention", "visual_attention")
+
+
+def fields(name: str, folder: Path) -> dict[str, Any]:
+    """What a method needs besides `keep`; weights are made in `folder`."""
+    from vlmprune.pruners.atp import ThresholdModules
+    from vlmprune.pruners.explain import Mapper
+    from vlmprune.pruners.gsearch import Schedule
+
+    if name in ("tome", "pitome"):
+        return {"where": "boundary"}
+    if name == "dycoke":  # every fourth frame is kept
+        return {"keep": 0.3}
+    if name == "gsearch":
+        return {"schedule": Schedule((1.0, 0.5) + (0.25,) * (DEPTH - 2)), "keep": None}
+    if name == "atp":
+        ThresholdModules((4, 14), DEPTH).save(folder)
+        return {"weights": folder}
+    if name == "explain":
+        Mapper((8, 16)).save(folder)
+        return {"weights": folder}
+    return {}
 
 
 def status(field: str) -> int:
@@ -73,14 +97,16 @@ def choose(name: str, tokens: int, width: int, keep: float, answer: Any, warm: b
         choose(name, 196, width, keep, _Nowhere(), warm=True)
     torch.manual_seed(0)
     try:
-        pruner = vlmprune.create_pruner(name, keep=keep, **FIELDS.get(name, {}))
+        with tempfile.TemporaryDirectory() as folder:
+            given = fields(name, Path(folder) / "weights")
+            pruner = vlmprune.create_pruner(name, **{"keep": keep, **given})
         layer = pruner.layers(DEPTH)[0]
         if pruner.encoder_layers(24):
             raise ValueError("acts inside the tower")
         try:
             budget = pruner.budget([tokens], layer, DEPTH)[0]
         except ValueError:  # its first layers alone exceed it: ask for the average that it was published with
-            pruner = vlmprune.create_pruner(name, **FIELDS.get(name, {}))
+            pruner = vlmprune.create_pruner(name, **given)
             budget = pruner.budget([tokens], layer, DEPTH)[0]
         side = 14
         geometry = Geometry.grid(side, side, planes=tokens // side**2, kind="video")
@@ -141,11 +167,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=12544)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--keep", type=float, default=0.1)
-    parser.add_argument("--methods", nargs="*", default=sorted(pruner_classes()))
+    parser.add_argument("--methods", nargs="*")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/memory-cpu.json"))
     options = parser.parse_args()
-    table: dict[str, Any] = {}
-    for work, names in ((score, ATTENTION), (choose, options.methods)):
+    table: dict[str, Any] = json.loads(options.out.read_text())["measured"] if options.methods else {}
+    signals = () if options.methods else ATTENTION
+    for work, names in ((score, signals), (choose, options.methods or sorted(pruner_classes()))):
         for name in names:
             found = table[name] = apart(work, name, options.tokens, options.width, options.keep)
             if "error" in found:

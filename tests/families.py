@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -32,6 +33,8 @@ from transformers import (
     Qwen3VLMoeConfig,
     Qwen3VLMoeForConditionalGeneration,
     SiglipVisionConfig,
+    VideoLlavaConfig,
+    VideoLlavaForConditionalGeneration,
 )
 
 PAD, VOCAB = 0, 100
@@ -176,6 +179,25 @@ class LlavaOnevisionCase(LlavaNextCase):
 
 
 @dataclass
+class VideoLlavaCase(LlavaCase):
+    """Videos of 3 frames, a CLS token and 4 x 4 patches each."""
+
+    def pixels(self, kind, numbers, generators, prompts):
+        if kind == "video":
+            videos = [torch.randn(3, 3, self.size, self.size, generator=g) for g in generators]
+            return {"pixel_values_videos": torch.stack(videos)}
+        made = super().pixels(kind, numbers, generators, prompts)
+        return made if VIDEO_LLAVA_TAKES in made else {VIDEO_LLAVA_TAKES: made["pixel_values"]}
+
+
+VIDEO_LLAVA_TAKES = next(
+    name
+    for name in ("pixel_values", "pixel_values_images")  # up to transformers 5.22
+    if name in inspect.signature(VideoLlavaForConditionalGeneration.forward).parameters
+)
+
+
+@dataclass
 class QwenCase(FamilyCase):
     """Grids (frames, rows, columns) of patches; placeholders between vision start and end tokens."""
 
@@ -307,6 +329,17 @@ def llava_onevision() -> PreTrainedModel:
     )
 
 
+def video_llava() -> PreTrainedModel:
+    return VideoLlavaForConditionalGeneration(
+        VideoLlavaConfig(
+            vision_config=clip(**TILES),
+            text_config=decoder(LlamaConfig),
+            image_token_index=IMAGE,
+            video_token_index=VIDEO,
+        )
+    )
+
+
 TOWER = {"depth": 3, "num_heads": 4, "in_channels": 3, "patch_size": 4, "temporal_patch_size": 2}
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]}
 TOKENS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END}
@@ -399,6 +432,7 @@ FAMILIES: dict[str, FamilyCase] = {
             lacks=NO_CLS,
             sizes=((16, 32), (31, 29), (12, 14)),
         ),
+        VideoLlavaCase("video-llava", video_llava, (16, 16, 16), (51, 51), frozenset({"encoder_kept"}), size=16),
         QwenCase("qwen2-vl", qwen2_vl, (12, 6, 12), (12, 12), QWEN_LACKS),
         QwenCase("qwen2.5-vl", qwen2_5_vl, (12, 6, 12), (12, 12), QWEN_LACKS),
         QwenCase("qwen3-vl", qwen3_vl, (12, 6, 12), (12, 12), QWEN_LACKS, stamps=True),

@@ -10,9 +10,9 @@ import oracle
 import pytest
 import torch
 from cases import BATCHES, Staged
-from families import FAMILIES
+from families import FAMILIES, FamilyCase
 from test_laws import STEPS, columns_of, dropped_of, generate, model_of
-from transformers.cache_utils import StaticCache
+from transformers.cache_utils import DynamicCache, StaticCache
 
 import vlmprune
 
@@ -176,3 +176,32 @@ def test_all_kept_is_the_same_model() -> None:
         same = generate(model, inputs)
     for mine, theirs in zip(same.logits, plain.logits):
         assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_reported_bytes_are_those_held(family: FamilyCase) -> None:
+    """Layer by layer, behind a prefill whose cache was cut; and what all of it would have taken."""
+    model, inputs = model_of(family), family.inputs(BATCHES["unequal"])
+    heads = model.config.get_text_config().num_key_value_heads
+    with torch.no_grad(), vlmprune.prune(model, Evict(before=Staged(schedule=((0, 0.6),)), cut=(1,))) as session:
+        cache = DynamicCache()
+        model(**inputs, past_key_values=cache)
+    report, batch = session.last, len(inputs["input_ids"])
+    held = [layer.keys.shape[-2] for layer in cache.layers]
+    assert held[1] < held[0] == held[2] == report.layer_tokens[0]
+    per_position = 2 * batch * heads * cache.layers[0].keys.shape[-1] * 4
+    assert report.kv_positions == held
+    assert report.kv_bytes == [per_position * count for count in held]
+    assert report.kv_bytes_full == 3 * per_position * inputs["input_ids"].shape[1]
+    for item in report.items:
+        assert [stage.layer for stage in item.stages] == [0]
+        assert sorted(item.cached) == [1]
+        assert len(item.cached[1]) == (len(item.kept) + 1) // 2
+
+
+def test_a_static_cache_saves_no_bytes() -> None:
+    family = FAMILIES["llava-clip-llama"]
+    model, inputs = model_of(family), family.inputs(BATCHES["one"])
+    with vlmprune.prune(model, "divprune", keep=0.3) as session:
+        generate(model, inputs, cache_implementation="static", disable_compile=True)
+    assert session.last.kv_bytes_pruned == session.last.kv_bytes_full

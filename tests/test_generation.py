@@ -9,7 +9,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from cases import BATCHES, PRUNERS
+from cases import BATCHES, PRUNERS, widest
 from families import FAMILIES
 from test_laws import columns_of, dropped_of, generate, model_of
 from transformers import DynamicCache
@@ -17,6 +17,10 @@ from transformers import DynamicCache
 import vlmprune
 
 LLAVA = FAMILIES["llava-clip-llama"]
+several = pytest.mark.parametrize(
+    "family", ["llava-clip-llama", "llava-onevision", "video-llava", "qwen3-vl", "internvl"]
+)
+"""Names of families whose language models, positions and ways of encoding differ."""
 every_policy = pytest.mark.parametrize(
     ("family", "policy"),
     [pytest.param(case, policy, id=f"{case.name}-{policy}") for case in FAMILIES.values() for policy in case.positions],
@@ -66,10 +70,7 @@ def test_sampling_draws_from_the_pruned_distribution() -> None:
 def test_second_turn_with_a_new_image(family: Any, policy: str, attention: str) -> None:
     """A returned cache goes on with text, then with another image: as the oracle on the whole conversation."""
     model = model_of(family, attention)
-    turns: list[Any] = [[1, 2, ("image", 0), 3, 4], [5, 6, 7]]
-    # M-RoPE: generate() wants the grids of all images to place the new one, and takes all for new.
-    if "compact" in family.positions:
-        turns.append([8, ("image", 1), 9])
+    turns: list[Any] = [[1, 2, ("image", 0), 3, 4], [5, 6, 7], [8, ("image", 1), 9]]
     cache = DynamicCache(config=model.config)
     kept, answers, pixels = [], [], []
     with vlmprune.prune(model, "divprune", keep=0.3, positions=policy) as session:
@@ -77,6 +78,9 @@ def test_second_turn_with_a_new_image(family: Any, policy: str, attention: str) 
             new = family.inputs([turn])
             ids = torch.cat([*answers, new["input_ids"]], 1)
             inputs = {**new, "input_ids": ids, "attention_mask": torch.ones_like(ids), **family.marks(ids)}
+            if "image_grid_thw" in new and pixels:
+                # M-RoPE: generate() would need the grids of all images to place the new one, and take all for new.
+                inputs["position_ids"] = mrope(model, family, ids, [*pixels, new])
             before = cache.get_seq_length()
             out = generate(model, inputs, past_key_values=cache, max_new_tokens=4)
             assert cache.get_seq_length() == out.sequences.shape[1] - 1
@@ -102,20 +106,27 @@ def test_second_turn_with_a_new_image(family: Any, policy: str, attention: str) 
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
 
 
+def mrope(model: Any, family: Any, ids: torch.Tensor, turns: list[Any]) -> torch.Tensor:
+    """Text positions and M-RoPE of a whole conversation, [4, B, S]."""
+    grids = torch.cat([turn["image_grid_thw"] for turn in turns if "image_grid_thw" in turn])
+    seen = torch.ones_like(ids)
+    rope, _ = model.model.get_rope_index(ids, image_grid_thw=grids, attention_mask=seen, **family.marks(ids))
+    return torch.cat([seen.cumsum(-1)[None] - 1, rope])
+
+
 def test_text_turn_first_then_image() -> None:
     """An image may come when the cache already holds an unpruned turn, whatever the window."""
     for family in FAMILIES.values():
-        if "compact" not in family.positions:  # as above
-            continue
         model = model_of(family)
         cache = DynamicCache(config=model.config)
         with vlmprune.prune(model, "divprune", keep=0.3) as session:
             first = generate(model, family.inputs([[1, 2, 3]]), past_key_values=cache, max_new_tokens=3).sequences
             new = family.inputs([[5, ("image", 0), 6]])
             ids = torch.cat([first, new["input_ids"]], 1)
+            given = {"position_ids": mrope(model, family, ids, [new])} if "image_grid_thw" in new else {}
             out = generate(
                 model,
-                {**new, "input_ids": ids, "attention_mask": torch.ones_like(ids)},
+                {**new, "input_ids": ids, "attention_mask": torch.ones_like(ids), **family.marks(ids), **given},
                 past_key_values=cache,
                 max_new_tokens=3,
             )
@@ -125,21 +136,26 @@ def test_text_turn_first_then_image() -> None:
         assert cache.layers[0].keys.shape[-2] == cache.get_seq_length() - item.tokens_before + item.tokens_after
 
 
-def test_no_cache_and_plain_forward_loop() -> None:
+@several
+def test_no_cache_and_plain_forward_loop(family: str) -> None:
     """use_cache=False prunes anew at every step and says the same."""
-    model, inputs = model_of(LLAVA), LLAVA.inputs(BATCHES["unequal"])
-    for policy in ("original", "compact"):
-        with vlmprune.prune(model, "divprune", keep=0.3, positions=policy):
-            cached, plain = generate(model, inputs), generate(model, inputs, use_cache=False)
-        for mine, theirs in zip(cached.logits, plain.logits):
-            torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
+    case = FAMILIES[family]
+    model, inputs = model_of(case), case.inputs(BATCHES[widest(case)])
+    for policy in case.positions:
+        for method in ("divprune", "visionzip"):  # the latter looks into the tower
+            with vlmprune.prune(model, method, keep=0.3, positions=policy):
+                cached, plain = generate(model, inputs), generate(model, inputs, use_cache=False)
+            for mine, theirs in zip(cached.logits, plain.logits):
+                torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
 
 
-def test_prompt_lookup_decoding_crops_the_cache() -> None:
+@several
+def test_prompt_lookup_decoding_crops_the_cache(family: str) -> None:
     """Assisted decoding verifies several tokens at once and crops what it rejects."""
-    model = model_of(LLAVA)
-    inputs = LLAVA.inputs([[1, 2, 3, 1, 2, ("image", 0), 3, 4, 1, 2, 3]])
-    for policy in ("original", "compact"):
+    case = FAMILIES[family]
+    model = model_of(case)
+    inputs = case.inputs([[1, 2, 3, 1, 2, ("image", 0), 3, 4, 1, 2, 3]])
+    for policy in case.positions:
         with vlmprune.prune(model, "divprune", keep=0.3, positions=policy):
             greedy = generate(model, inputs, max_new_tokens=16)
             lookup = generate(model, inputs, max_new_tokens=16, prompt_lookup_num_tokens=3)
@@ -215,16 +231,25 @@ def test_embeddings_instead_of_ids() -> None:
         torch.testing.assert_close(model(inputs_embeds=embeds, **rest).logits, model(**inputs).logits)
 
 
+@several
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("policy", ["original", "compact"])
 @pytest.mark.parametrize("pruner", ["divprune", "staged"])
-def test_static_cache(attention: str, policy: str, pruner: str) -> None:
-    model, inputs = model_of(LLAVA, attention), LLAVA.inputs(BATCHES["unequal"])
-    with vlmprune.prune(model, PRUNERS[pruner].make(positions=policy)):
-        dynamic = generate(model, inputs)
-        static = generate(model, inputs, cache_implementation="static", disable_compile=True)
-    for mine, theirs in zip(static.logits, dynamic.logits):
-        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
+def test_static_cache(family: str, attention: str, pruner: str) -> None:
+    """The same as on a dynamic cache: greedy, in beams, and when a cache is used again."""
+    case = FAMILIES[family]
+    model, inputs = model_of(case, attention), case.inputs(BATCHES[widest(case)])
+    static = {"cache_implementation": "static", "disable_compile": True}
+    for policy in case.positions:
+        with vlmprune.prune(model, PRUNERS[pruner].make(positions=policy)):
+            expected = generate(model, inputs)
+            for _ in range(2):
+                found = generate(model, inputs, **static)
+                for mine, theirs in zip(found.logits, expected.logits):
+                    torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
+            few = {"num_beams": 2, "max_new_tokens": 4, "output_scores": True}
+            dynamic, beams = generate(model, inputs, **few), generate(model, inputs, **few, **static)
+            torch.testing.assert_close(beams.sequences_scores, dynamic.sequences_scores, atol=1e-4, rtol=0)
+            assert torch.equal(beams.sequences, dynamic.sequences)
 
 
 def test_beam_search_and_second_turn_inside_the_decoder() -> None:
@@ -283,14 +308,16 @@ def test_a_cache_pruned_inside_the_decoder_needs_its_kind_of_session() -> None:
         generate(model, inputs, past_key_values=cache)
 
 
-def test_assisted_decoding_with_a_draft_model() -> None:
+@several
+def test_assisted_decoding_with_a_draft_model(family: str) -> None:
     """A draft model proposes, the pruned model verifies: the same answer as without."""
-    model, inputs = model_of(LLAVA), LLAVA.inputs(BATCHES["one"])
-    draft = LLAVA.model()
+    case = FAMILIES[family]
+    model, inputs = model_of(case), case.inputs(BATCHES["one"])
+    draft = case.model()
     for parameter in draft.parameters():
         parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
     for pruner in ("divprune", "staged"):
-        for policy in ("original", "compact"):
+        for policy in case.positions:
             with vlmprune.prune(model, PRUNERS[pruner].make(positions=policy)):
                 greedy = generate(model, inputs, max_new_tokens=16, suppress_tokens=None)
                 assisted = generate(model, inputs, max_new_tokens=16, suppress_tokens=None, assistant_model=draft)

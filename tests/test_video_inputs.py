@@ -1,12 +1,17 @@
 """Clips through every family's processor: time stamps, M-RoPE positions, and answers under pruning."""
 
 import numpy as np
+import oracle
 import pytest
 import torch
-from families import FAMILIES, VIDEO
+from cases import PRUNERS
+from families import FAMILIES, IMAGE, VIDEO
+from PIL import Image
+from test_laws import dropped_of, generate, model_of
 from videos import picture, processor
 
 import vlmprune
+from vlmprune import adapters
 from vlmprune.ask import prompt_inputs
 from vlmprune.video import Clip
 
@@ -99,3 +104,54 @@ def test_videos_that_do_not_fit_together():
 def test_questions_that_cannot_be_asked(question):
     with pytest.raises(ValueError, match="question"):
         prompt_inputs(processor("llava-onevision"), question, clips=[clip()])
+
+
+def test_internvl_takes_the_frames_of_a_video_together_once_it_can_read():
+    """One item around the words between the frames, where the processor is known; images beside it stay images."""
+    family, write = FAMILIES["internvl"].model(), processor("internvl")
+    image = Image.fromarray(picture(9, 24, 24))
+    prompt = "<IMG_CONTEXT>\n<video>\n<video>\nFrame1: look <IMG_CONTEXT> what?"
+    clips = [torch.stack([torch.from_numpy(picture(i, 24, 24)).movedim(-1, 0) for i in range(n)]) for n in (3, 3)]
+    inputs = write(text=[prompt], images=[image, image], videos=clips, return_tensors="pt", do_sample_frames=False)
+    runs = 8
+    with torch.no_grad(), vlmprune.prune(family, "uniform", keep=0.5, processor=write) as session:
+        family(**inputs)
+        together = session.last.items
+        family.generate(**inputs, max_new_tokens=2, do_sample=False)
+        assert [item.start for item in session.last.items] == [item.start for item in together]
+    assert [(item.geometry.kind, len(item.geometry.grids)) for item in together] == [
+        ("image", 1),
+        ("video", 3),
+        ("video", 3),
+        ("image", 1),
+    ]
+    assert [item.tokens_before for item in together] == [9, 27, 27, 9]
+    columns = torch.cat([item.start + torch.arange(9) if item.columns is None else item.columns for item in together])
+    assert torch.equal(columns, (inputs["input_ids"][0] == IMAGE).nonzero().flatten())
+    with torch.no_grad(), vlmprune.prune(family, "evs", keep=0.5) as session:
+        logits = family(**inputs).logits
+        assert [item.tokens_before for item in session.last.items] == [9, 27, 27, 9], "the processor is remembered"
+    adapters.introduce(family, None)
+    with torch.no_grad(), vlmprune.prune(family, "uniform", keep=0.5) as session:
+        family(**inputs)
+        assert [item.tokens_before for item in session.last.items] == [9] * runs
+    assert logits.shape[1] < inputs["input_ids"].shape[1]
+
+
+def test_an_internvl_video_equals_the_oracle():
+    """Pruned in one piece, at the boundary and inside the decoder, it says what the masked model says."""
+    family, write = FAMILIES["internvl"], processor("internvl")
+    inputs = prompt_inputs(write, "what is it?", clips=[clip(4)])
+    for pruner in ("evs", "compose"):
+        for policy in family.positions:
+            model = model_of(family)
+            with vlmprune.prune(model, PRUNERS[pruner].make(positions=policy), processor=write) as session:
+                out = generate(model, inputs)
+            adapters.introduce(model, None)
+            (item,) = session.last.items
+            assert item.geometry.grids == ((3, 3),) * 4
+            forced = out.sequences[:, inputs["input_ids"].shape[1] :]
+            dropped = dropped_of(session.last, inputs)
+            _, scores = oracle.run(model, inputs, dropped, policy, len(out.logits) - 1, forced, {})
+            for mine, theirs in zip(out.logits, scores):
+                torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)

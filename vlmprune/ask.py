@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeatur
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
-from vlmprune.adapters import FAMILIES
+from vlmprune.adapters import FAMILIES, introduce
 from vlmprune.contract import Keep, Pruner, check_keep
 from vlmprune.report import PruneReport
 from vlmprune.session import prune
@@ -39,6 +39,9 @@ class Chat:
     model: Any
     processor: Any
     name: str
+
+    def __post_init__(self) -> None:
+        introduce(self.model, self.processor)
 
     @property
     def settings(self) -> str:

@@ -234,7 +234,7 @@ class Step:
         cache, new, mask = cache_of(kwargs), kwargs.get(inputs), kwargs.get("attention_mask")
         if not isinstance(cache, StaticCache) or new is None or new.shape[1] != 1:
             return False
-        layer = cache.layers[0]
+        layer: Any = cache.layers[0]
         if not layer.is_initialized or kwargs.get("labels") is not None:
             return False
         masks = list(mask.values()) if isinstance(mask, dict) else [mask]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from vlmprune.adapters import adapter_for
+from vlmprune.adapters import adapter_for, introduce
 from vlmprune.cache import (
     CACHE_ARGUMENT,
     OLD_CACHE_ARGUMENT,
@@ -36,12 +36,13 @@ from vlmprune.signals import Entering, Signals
 _sessions: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Session]] = weakref.WeakKeyDictionary()
 
 
-def prune(model: nn.Module, pruner: Pruner | str, **settings: Any) -> Session:
+def prune(model: nn.Module, pruner: Pruner | str, *, processor: Any = None, **settings: Any) -> Session:
     """Attach `pruner` to `model` until `close()`, or until the `with` block ends.
 
     Args:
         model: a loaded model of a supported family, also PEFT-wrapped.
         pruner: a pruner, or the name of one.
+        processor: the model's processor. Only InternVL's videos need it: without, each of their frames is an image.
         settings: hyper-parameters: of the named pruner, or to change in a copy of the given one. `keep` may also be a
             share of the unpruned cost, such as "flops:0.3", "decoder:0.3" or "kv:0.2" (`vlmprune.contract.TARGETS`):
             the ratio is solved for each row of a prompt.
@@ -50,6 +51,8 @@ def prune(model: nn.Module, pruner: Pruner | str, **settings: Any) -> Session:
         ValueError: unsupported model, unknown pruner, a bad hyper-parameter, a signal that the model lacks, or a model
             that has a session already.
     """
+    if processor is not None:
+        introduce(model, processor)
     return Session(model, as_pruner(pruner, **settings))
 
 
@@ -243,7 +246,7 @@ class Session:
         arguments = self.adapter.bind(args, kwargs)
         items = self.adapter.items(arguments)
         cache, mask = cache_of(arguments), arguments.get("attention_mask")
-        self._call = {**self._call, "items": items}
+        self._call = {**self._call, "items": items, "encoded": arguments.get("mm_encoder_outputs") is not None}
         if items and self._signals.wants_question:
             ids = arguments.get("input_ids")
             self._call["ids"] = None if ids is None else ids.cpu()
@@ -347,12 +350,13 @@ class Session:
 
     def _step_before_layer(self, number: int, step: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         held = cache_of(kwargs).layers[number]
-        if number and held.group == number:
+        if number and isinstance(held, PrunedLayer) and held.group == number:
             hidden = args[0] if args else kwargs["hidden_states"]
             positions, mask = step.arguments(held)
-            kind = getattr(self.adapter.text_config, "layer_types", None)
+            if isinstance(mask, dict):
+                mask = mask[self.adapter.text_config.layer_types[number]]
             self._step_kwargs = {
-                "attention_mask": mask[kind[number]] if isinstance(mask, dict) else mask,
+                "attention_mask": mask,
                 "position_embeddings": self.adapter.rotary(hidden, positions),
                 "position_ids": positions if kwargs.get("position_ids") is not None else None,
             }
@@ -424,7 +428,9 @@ class Session:
             return
         if self._live:
             self._signals.clear()
-            self.adapter.forget()
+            # Without a cache, what generate() encoded comes again with the next token.
+            if not (self._call.get("encoded") and self._course is not None and not self._course.use_cache):
+                self.adapter.forget()
         cache = cache_of(kwargs) or getattr(output, CACHE_ARGUMENT, None)
         if self._eviction.layers and cache is not None and self._course is not None:
             kept = self._eviction.after_step(cache, self._course, self._live)

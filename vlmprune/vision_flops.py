@@ -121,7 +121,8 @@ def _llava(config: Any, grid: Grid, video: bool, inside: Rows) -> tuple[int, int
     vision, width = config.vision_config, config.text_config.hidden_size
     rows = grid[0] * grid[1]
     if vision.model_type == "clip_vision_model":
-        rows += config.vision_feature_select_strategy == "full"
+        # Video-LLaVA leaves frames their CLS tokens.
+        rows += config.vision_feature_select_strategy == "full" or (video and config.model_type == "video_llava")
     else:
         rows -= config.vision_feature_select_strategy == "default"
     if video and hasattr(config, "spatial_pool_stride"):  # LLaVA-NeXT-Video pools before the projector
@@ -206,6 +207,7 @@ FAMILIES: dict[str, Vision] = {
     "llava_next": Vision(_llava, _anyres_tiles, shortens=True),
     "llava_next_video": Vision(_llava, _anyres_tiles, shortens=True),
     "llava_onevision": Vision(_llava, _anyres_tiles, shortens=True),
+    "video_llava": Vision(_llava, _one_tile),
     "internvl": Vision(_internvl, _internvl_tiles),
     "qwen2_vl": Vision(_qwen, _nearly_square),
     "qwen2_5_vl": Vision(_qwen, _nearly_square),

@@ -53,7 +53,13 @@ class PiToMe(Merging):
         return bipartite_match(metric, pairs, order=order)
 
 
+BLOCK = 2**22  # entries of a table of similarities
+
+
 def cluster_energy(metric: Tensor, margin: float, alpha: float) -> Tensor:
     """fp32 [P, T]: equation 4 of PiToMe for rows [P, T, d], a picture's rows among themselves."""
-    excess = pairwise_cosine(metric, metric) - margin
-    return torch.where(excess > 0, excess, alpha * excess.exp().sub(1)).mean(2)
+    energy = []
+    for block in metric.split(max(1, BLOCK // metric.shape[1]), dim=1):  # a long video's whole table takes gigabytes
+        excess = pairwise_cosine(block, metric) - margin
+        energy.append(torch.where(excess > 0, excess, alpha * excess.exp().sub(1)).mean(2))
+    return torch.cat(energy, dim=1)
