@@ -1,11 +1,11 @@
-"""Train the bundled video model: `python training/video_model.py --out FOLDER`, or in several processes with
-`torchrun --nproc-per-node 4 training/video_model.py --out FOLDER --threads 1`.
+"""Train the bundled video model: `python training/video_model.py --out FOLDER`.
 
-A Qwen2.5-VL of the size of the bundled image model and grown out of its weights. Stage A teaches the vision tower to
-read pairs of crowded frames. Stages B and C train the language model on questions about clips. Every batch is a
-function of (seed, stage, step, process), so a killed run continues from its checkpoint as if it had not stopped. The
-run ends by writing a `save_pretrained` folder and `evaluation.json`, measured on clips of a seed that nothing else
-uses. `--evaluate FOLDER` measures a finished model.
+A Qwen2.5-VL of about the size of the bundled image model and grown out of its weights. Stages A and C teach the vision
+tower to read pairs of crowded frames. Stages B and D to F train the language model on questions about clips, whose
+visual tokens the tower computes once, in a second process that writes shards of clips ahead; D begins with two more
+decoder layers. A killed run continues from its checkpoint. Shards are functions of (seed, number), batches of (seed,
+stage, step) and of how many shards there are by then. The run ends by writing a `save_pretrained` folder and
+`evaluation.json`, measured on clips of a seed that nothing else uses. `--evaluate FOLDER` measures a finished model.
 
 Visual tokens are never dropped in training.
 """
@@ -15,17 +15,20 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import os
+import pickle
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
     LlavaForConditionalGeneration,
@@ -37,6 +40,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
+import vlmprune
 from vlmprune import bundled
 from vlmprune.scenes import COLOURS, SIZE
 from vlmprune.video_scenes import (
@@ -47,17 +51,18 @@ from vlmprune.video_scenes import (
     dense_clip,
     digit_clip,
     digit_clips,
+    questions_about,
 )
 
 PATCH, MERGE, PAIR = 8, 2, 2
 SIDE = SIZE // PATCH
 PATCHES, TOKENS = SIDE**2, (SIDE // MERGE) ** 2
 INK = 0.1
-SEED, VALIDATION_SEED, REPORT_SEED = 23, 7, 70_615
+SEED, VALIDATION_SEED, REPORT_SEED = 23, 7, 91_133
 SPECIAL = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 WORDS = ["appear", "appears", "when", "often", "does", "do", "order", "colours", "start", "middle", "end"]
 WORDS += ["early", "late", "before", "after", "times", "second", "frames", "then", "clip"]
-TEXT, SLOTS = 168, 18
+TEXT, SLOTS, SHARD = 168, 18, 32
 PREFIX = ["<s>", "user", "<|vision_start|>"]
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ ' ' + message['role'] + ' ' }}"
@@ -72,26 +77,41 @@ TEMPLATE = (
 
 @dataclass(frozen=True)
 class Stage:
-    """`steps` of `batch` clips of a schedule laid out for `horizon` steps, learning rates outside and inside the tower,
-    how many crowded pairs of frames come beside a batch of clips, and whether the answers teach the tower too (that
-    costs half as much again), and whether clips grow from 10 to 16 frames over the first half."""
+    """`steps` of `batch` clips or crowded pairs of frames, of a schedule laid out for `horizon` steps. `layers` is the
+    depth of the language model, 0 where the tower learns; `pool` names the clips. `muon`: matrices learn by Muon at
+    `rate` and everything else by AdamW at 0.6 of it, otherwise all by AdamW."""
 
     steps: int
     horizon: int
     batch: int
     rate: float
-    tower_rate: float
-    warmup: int
-    crowds: int = 0
-    joint: bool = False
-    grow: bool = False
+    layers: int = 0
+    pool: str = ""
+    muon: bool = True
 
 
 STAGES = {
-    "A": Stage(450, horizon=450, batch=16, rate=0.0, tower_rate=1.5e-3, warmup=30),
-    "B": Stage(760, horizon=760, batch=4, rate=1.6e-3, tower_rate=0.0, warmup=30, grow=True),
-    "C": Stage(1600, horizon=1600, batch=8, rate=1.5e-3, tower_rate=0.0, warmup=30),
+    "A": Stage(450, horizon=450, batch=16, rate=1.5e-3, muon=False),
+    "B": Stage(760, horizon=760, batch=16, rate=1.6e-3, layers=4, pool="P", muon=False),
+    "C": Stage(3000, horizon=3000, batch=16, rate=1.5e-3),
+    "D": Stage(1039, horizon=4400, batch=16, rate=2e-3, layers=6, pool="P"),
+    "E": Stage(1045, horizon=2800, batch=16, rate=1.5e-3, layers=6, pool="Q"),
+    "F": Stage(600, horizon=600, batch=16, rate=1e-3, layers=6, pool="Q"),
 }
+# Shards of a pool. P is of the tower as A leaves it, Q as C does.
+POOLS = {"P": 326, "Q": 523}
+# Where layers of the shallow model go in the deep one; those between start as identities.
+DEEPER = {0: 0, 1: 1, 2: 4, 3: 5}
+# The layer whose first head is to look at what shows an answer, by depth.
+SHOWING = {4: 2, 6: 4}
+# What the states of a visual token behind a layer are to tell, by depth: in which pair of frames it is, whether its
+# actor comes in that pair, when it came, how often it had come before, how many actors came before it.
+HISTORY = {"time": 8, "fresh": 2, "start": 8, "round": 3, "rank": 4}
+TELLS = {
+    4: {1: ("start", "round", "rank")},
+    6: {0: ("time",), **dict.fromkeys((1, 2, 3), ("fresh", "start", "round", "rank"))},
+}
+WEIGHT = {"order": 2.0, "often": 1.5, "last": 1.3}
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -134,8 +154,8 @@ def build_processor() -> Qwen2_5_VLProcessor:
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalGeneration:
-    """The untrained model, float32."""
+def build_model(tokenizer: PreTrainedTokenizerFast, layers: int) -> Qwen2_5_VLForConditionalGeneration:
+    """The untrained model, float32, with `layers` decoder layers."""
     ids = {
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
@@ -164,7 +184,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalG
         "vocab_size": len(tokenizer),
         "hidden_size": 128,
         "intermediate_size": 320,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
         "max_position_embeddings": 4096,
@@ -233,18 +253,37 @@ def graft(model: Qwen2_5_VLForConditionalGeneration, image: LlavaForConditionalG
     model.tie_weights()
 
 
+@torch.no_grad()
+def deepen(
+    shallow: Qwen2_5_VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast
+) -> Qwen2_5_VLForConditionalGeneration:
+    """The same function with two more decoder layers, whose output projections are zero."""
+    model = build_model(tokenizer, 6)
+    target = model.state_dict()
+    front = "model.language_model.layers."
+    for name, value in shallow.state_dict().items():
+        if name.startswith(front):
+            number, rest = name.removeprefix(front).split(".", 1)
+            name = f"{front}{DEEPER[int(number)]}.{rest}"
+        target[name].copy_(value)
+    for number in set(range(6)) - set(DEEPER.values()):
+        layer = model.model.language_model.layers[number]
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    model.tie_weights()
+    return model
+
+
 class Heads(nn.Module):
-    """Training-only heads. On the tower: digit (10: none) and colour (6: none) of each patch. On the visual tokens
-    behind the second decoder layer: how many actors came before this one, how often it had come before, and in which
-    pair of frames it came this time."""
+    """Training-only heads. On the tower: digit (10: none) and colour (6: none) of each patch. On visual tokens behind
+    decoder layers: `TELLS`."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.digit = nn.Linear(width, 11)
         self.colour = nn.Linear(width, len(COLOURS) + 1)
-        self.rank = nn.Linear(width, 4)
-        self.round = nn.Linear(width, 3)
-        self.start = nn.Linear(width, 8)
+        told = {(layer, name) for tells in TELLS.values() for layer, names in tells.items() for name in names}
+        self.told = nn.ModuleDict({f"{layer}_{name}": nn.Linear(width, HISTORY[name]) for layer, name in sorted(told)})
 
 
 @dataclass
@@ -314,9 +353,8 @@ class Tower(nn.Module):
         for block in visual.blocks:
             heads = block.attn.num_heads
             q, k, v = block.attn.qkv(block.norm1(states)).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-            q, k = rotate(q, self.cos, self.sin), rotate(k, self.cos, self.sin)
-            mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-            states = states + block.attn.proj(mixed)
+            q, k = rotate(q, self.cos, self.sin).to(v.dtype), rotate(k, self.cos, self.sin).to(v.dtype)
+            states = states + block.attn.proj(mix(q, k, v).transpose(1, 2).flatten(2))
             states = states + block.mlp(block.norm2(states))
         tokens = visual.merger.mlp(visual.merger.ln_q(states).unflatten(1, (TOKENS, -1)).flatten(2))
         return states, tokens
@@ -325,6 +363,12 @@ class Tower(nn.Module):
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def mix(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention `[..., S, E]`; on a CPU its backward is several times faster than the fused kernel's."""
+    scores = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).float()
+    return (scores if mask is None else scores + mask).softmax(-1).to(v.dtype) @ v
 
 
 def reading_loss(
@@ -349,27 +393,26 @@ def reading_loss(
 
 @dataclass
 class Batch:
-    """Clips of one length and the questions packed behind each.
+    """Clips of one length, their visual tokens `[B, V, D]`, and the questions packed behind each.
 
-    Packed text `[B, TEXT]` with the block of each token (0: padding), its position in the block, the next token to
-    predict or -100; per question the column of its key word (-1: none) `[B, SLOTS]` and the visual tokens that show who
-    it names `[B, SLOTS, V]`; per visual token `[B, V]` how many actors came before the one on it, how often it had come
-    before and in which pair of frames it came this time (-100: nobody there). `answers` `[A, 2]` are row and column
-    from which each word of an answer is said, and `shown` `[A, V]` the visual tokens that show it. `asked` names kind,
-    columns and tokens of every answer.
+    Packed text `[B, T]` with the block of each token (0: padding), its position in the block, the next token to predict
+    or -100 and its weight. `inked` `[B, V]` are visual tokens with somebody on them, `told` `[I]` what those are to
+    tell. `keys` `[K, 2]` are row and column of the words that name somebody, `named` `[K, V]` the visual tokens of who
+    that is; `said` `[A, 2]` where words of answers are said, `shown` `[A, V]` the visual tokens that show them. `asked`
+    names kind, first and last column of every answer.
     """
 
-    frames: Frames
+    visual: Tensor
     ids: Tensor
     block: Tensor
     offset: Tensor
     labels: Tensor
-    key: Tensor
+    weight: Tensor
+    inked: Tensor
+    told: dict[str, Tensor]
+    keys: Tensor
     named: Tensor
-    rank: Tensor
-    round: Tensor
-    start: Tensor
-    answers: Tensor
+    said: Tensor
     shown: Tensor
     asked: list[list[tuple[str, int, int]]]
 
@@ -378,208 +421,325 @@ def words(text: str) -> list[str]:
     return text.lower().replace("?", " ?").split()
 
 
-def collate(clips: list[Clip], tokenizer: PreTrainedTokenizerFast) -> Batch:
-    frames = frames_of(clips)
-    size, visual = len(clips), frames.cover[0][0].size
-    ids, block, offset = (np.zeros((size, TEXT), dtype=np.int64) for _ in range(3))
-    labels = np.full((size, TEXT), -100)
-    key = np.full((size, SLOTS), -1)
-    named = np.zeros((size, SLOTS, visual), dtype=bool)
-    rank, rounds, starts = (np.full((size, visual), -100) for _ in range(3))
-    asked: list[list[tuple[str, int, int]]] = []
-    answers, shown = [], []
+def collate(clips: list[Clip], cover: list[np.ndarray], tokens: Tensor, vocabulary: dict[str, int]) -> Batch:
+    """A batch of clips with coverage `[A, P, 36]` each and visual tokens `[B, V, D]`."""
+    visual = tokens.shape[1]
     pair = np.arange(visual) // TOKENS
-    for row, clip in enumerate(clips):
-        cover = frames.cover[row].reshape(len(clip.actors), visual)
-        owner, inked = cover.argmax(axis=0), cover.max(axis=0) > 0.5 * INK
-        for array, part in zip((rank, rounds, starts), history(clip, owner)):
-            array[row, inked] = part[inked]
-        start = 0
+    inks, keys, named, said, shown = [], [], [], [], []
+    told: dict[str, list[np.ndarray]] = {name: [] for name in HISTORY}
+    rows: list[tuple[list, ...]] = []
+    asked: list[list[tuple[str, int, int]]] = []
+    for row, (clip, part) in enumerate(zip(clips, cover)):
+        flat = part.reshape(len(clip.actors), visual)
+        owner, inked = flat.argmax(axis=0), flat.max(axis=0) > 0.5 * INK
+        rank, rounds, starts = history(clip, part.shape[1])
+        who, when = owner[inked], pair[inked]
+        inks.append(inked)
+        told["time"].append(when)
+        told["fresh"].append(starts[who, when] == when)
+        told["start"].append(starts[who, when])
+        told["round"].append(rounds[who, when])
+        told["rank"].append(rank[who])
+        ids: list[int] = []
+        block: list[int] = []
+        offset: list[int] = []
+        labels: list[int] = []
+        weight: list[float] = []
         asked.append([])
         for slot, question in enumerate(clip.questions[:SLOTS]):
             ask, answer = [*words(question.text), "assistant"], [*words(question.answer), "</s>"]
-            tokens = tokenizer.convert_tokens_to_ids(ask + answer)
-            stop, reply = start + len(tokens), start + len(ask) - 1
-            if stop > TEXT:
+            said_ids = [vocabulary[word] for word in ask + answer]
+            start, reply = len(ids), len(ids) + len(ask) - 1
+            if start + len(said_ids) > TEXT:
                 break
-            ids[row, start:stop] = tokens
-            block[row, start:stop] = slot + 1
-            offset[row, start:stop] = np.arange(len(tokens))
-            labels[row, reply : stop - 1] = tokens[len(ask) :]
-            asked[-1].append((question.kind, reply, stop - 1))
+            ids += said_ids
+            block += [slot + 1] * len(said_ids)
+            offset += range(len(said_ids))
+            labels += [-100] * (len(ask) - 1) + said_ids[len(ask) :] + [-100]
+            weight += [WEIGHT.get(question.kind, 1.0)] * len(said_ids)
+            asked[-1].append((question.kind, reply, len(ids) - 1))
             seen = inked & np.isin(pair, np.array(question.frames) // PAIR)
             for place in range(len(answer) - 1):
-                meant = question.actors[place : place + 1] if question.kind == "order" else question.actors
-                answers.append((row, reply + place))
-                shown.append(seen & np.isin(owner, meant))
+                meant = question.actors
+                if question.kind == "order":
+                    meant = meant[place : place + 1]
+                elif question.kind == "count":
+                    meant = (int(rank.argmax()),)
+                here = seen & np.isin(owner, meant)
+                if question.kind == "often":
+                    here &= rounds[meant[0]][pair] == len(clip.actors[meant[0]].appearances) - 1
+                if here.any():
+                    said.append((row, reply + place))
+                    shown.append(here)
             if question.key:
-                key[row, slot] = start + ask.index(question.key)
                 meant = [i for i, a in enumerate(clip.actors) if question.key in (str(a.digit), a.colour)]
-                named[row, slot] = inked & np.isin(owner, meant)
-            start = stop
-    arrays = (ids, block, offset, labels, key, named, rank, rounds, starts, np.array(answers), np.array(shown))
-    return Batch(frames, *map(torch.from_numpy, arrays), asked)
+                here = inked & np.isin(owner, meant)
+                if here.any():
+                    keys.append((row, start + ask.index(question.key)))
+                    named.append(here)
+        rows.append((ids, block, offset, labels, weight))
+    longest = max(len(row[0]) for row in rows)
+
+    def padded(column: int, fill: float) -> Tensor:
+        return torch.tensor([[*row[column], *[fill] * (longest - len(row[column]))] for row in rows])
+
+    return Batch(
+        tokens,
+        padded(0, 0),
+        padded(1, 0),
+        padded(2, 0),
+        padded(3, -100),
+        padded(4, 1.0),
+        torch.from_numpy(np.array(inks)),
+        {name: torch.from_numpy(np.concatenate(parts)).long() for name, parts in told.items()},
+        *(torch.from_numpy(np.array(part)) for part in (keys, named, said, shown)),
+        asked,
+    )
 
 
-def history(clip: Clip, owner: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each visual token `[V]`: how many actors came before its owner, which appearance of its owner it shows, and
-    the pair of frames in which that began."""
-    first = [actor.appearances[0].start for actor in clip.actors]
-    rank = np.array([sum(other < mine for other in first) for mine in first])[owner]
-    frame = np.arange(len(owner)) // TOKENS * PAIR + 1
-    begun = [np.array([part.start for part in actor.appearances]) for actor in clip.actors]
-    rounds = np.array([np.searchsorted(begun[o], f, side="right") - 1 for o, f in zip(owner, frame)])
-    rounds = np.maximum(rounds, 0)
-    return rank, rounds, np.array([begun[o][r] // PAIR for o, r in zip(owner, rounds)])
+def history(clip: Clip, pairs: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How many actors came before each `[A]`, and for each pair of frames `[A, P]` which appearance of an actor is the
+    latest by then and the pair in which that began."""
+    first = np.array([actor.appearances[0].start for actor in clip.actors])
+    rounds, starts = [], []
+    for actor in clip.actors:
+        begun = np.array([part.start for part in actor.appearances])
+        latest = np.searchsorted(begun, np.arange(pairs) * PAIR + 1, side="right") - 1
+        rounds.append(np.maximum(latest, 0))
+        starts.append(begun[rounds[-1]] // PAIR)
+    return (first[:, None] > first).sum(axis=1), np.array(rounds), np.array(starts)
 
 
-def layout(batch: Batch, stride: Tensor) -> tuple[Tensor, Tensor]:
-    """M-RoPE positions `[3, B, S]` and additive mask `[B, 1, S, S]` of prefix, visual tokens and packed questions.
-
-    Questions see what stands before them all, and themselves. `stride` `[B]` is the step in time from pair to pair.
+class Reader(nn.Module):
+    """The language model on a batch, the same weights and results as `model.model.language_model`: questions see what
+    stands before them all, and themselves; behind the last layer there are only the states that answers are read from.
     """
-    size, visual = batch.rank.shape
-    side, front = SIDE // MERGE, len(PREFIX)
-    cells = torch.arange(visual)
-    clock = (cells // TOKENS * stride[:, None]).floor().long()
-    place = torch.stack([cells // side % side, cells % side])[:, None].expand(-1, size, -1)
-    seen = torch.cat([clock[None], place]) + front
-    behind = torch.cat([torch.zeros(size, 1, dtype=torch.long), 1 + batch.offset], dim=1) + front + side
-    before = torch.arange(front).expand(3, size, -1)
-    positions = torch.cat([before, seen, behind.expand(3, -1, -1)], dim=2)
-    shared = torch.zeros(size, front + visual + 1, dtype=torch.long)
-    block = torch.cat([shared, torch.where(batch.block == 0, -1, batch.block)], dim=1)
-    sees = (block[:, None, :] == 0) | (block[:, None, :] == block[:, :, None])
-    sees &= torch.ones(block.shape[1], block.shape[1], dtype=torch.bool).tril()
-    return positions, torch.zeros(sees.shape).masked_fill_(~sees, torch.finfo(torch.float32).min)[:, None]
+
+    def __init__(self, model: Qwen2_5_VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> None:
+        super().__init__()
+        self.text = model.model.language_model
+        self.table = model.get_input_embeddings()
+        self.register_buffer("front", torch.tensor([tokenizer.convert_tokens_to_ids(PREFIX)]))
+        self.register_buffer("mark", torch.tensor([tokenizer.convert_tokens_to_ids(["<|vision_end|>"])]))
+
+    def forward(self, batch: Batch, stride: Tensor) -> tuple[Tensor, list[Tensor], list[tuple[Tensor, Tensor]]]:
+        """`stride` `[B]` is the step in time from pair to pair. Returns the states where `labels` are `[N, D]`; behind
+        every layer but the last the states of inked tokens `[I, D]`; and of every layer the first head's queries of the
+        text `[B, T, E]` and keys of all before it `[B, 3 + V + 1, E]`."""
+        size, visual = len(batch.ids), batch.visual.shape[1]
+        front, side = self.front.shape[1], SIDE // MERGE
+        shared = front + visual + 1
+        both = (self.table(part).expand(size, -1, -1) for part in (self.front, self.mark))
+        x = torch.cat([next(both), batch.visual, next(both), self.table(batch.ids)], dim=1)
+
+        cells = torch.arange(visual)
+        clock = (cells // TOKENS * stride[:, None]).floor().long()
+        place = torch.stack([cells // side % side, cells % side])[:, None].expand(-1, size, -1)
+        seen = torch.cat([clock[None], place]) + front
+        behind = F.pad(1 + batch.offset, (1, 0)) + front + side
+        before = torch.arange(front).expand(3, size, -1)
+        cos, sin = self.text.rotary_emb(x, torch.cat([before, seen, behind.expand(3, -1, -1)], dim=2))
+        cos, sin = cos[:, None], sin[:, None]
+
+        lowest = -1e9
+        causal = torch.full((shared, shared), lowest).triu(1)
+        own = (batch.block[:, None, :] == batch.block[:, :, None]).tril()
+        mask = F.pad(torch.zeros(own.shape).masked_fill(~own, lowest), (shared, 0))[:, None]
+        row, column = (batch.labels != -100).nonzero(as_tuple=True)
+        kept, first = [], []
+        last = len(self.text.layers) - 1
+        for number, layer in enumerate(self.text.layers):
+            attention, mlp = layer.self_attn, layer.mlp
+            parts = [attention.q_proj, attention.k_proj, attention.v_proj]
+            weight, bias = torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])
+            heads = attention.config.num_attention_heads
+            qkv = F.linear(layer.input_layernorm(x), weight, bias)
+            q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+            q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
+            first.append((q[:, 0, shared:], k[:, 0, :shared]))
+            mixed = mix(q[:, :, shared:], k, v, mask)
+            if number < last:
+                earlier = mix(q[:, :, :shared], k[:, :, :shared], v[:, :, :shared], causal)
+                x = x + attention.o_proj(torch.cat([earlier, mixed], dim=2).transpose(1, 2).flatten(2))
+            else:
+                x = x[row, shared + column] + attention.o_proj(mixed.transpose(1, 2)[row, column].flatten(1))
+            gate, up = F.linear(
+                layer.post_attention_layernorm(x), torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
+            ).chunk(2, dim=-1)
+            x = x + mlp.down_proj(F.silu(gate) * up)
+            if number < last:
+                kept.append(x[:, front : front + visual][batch.inked])
+        return self.text.norm(x), kept, first
 
 
-def looking_loss(model: Qwen2_5_VLForConditionalGeneration, batch: Batch, embeds: Tensor, positions: Tensor):
-    """Head 0 of layer 0 should look from a question's key word at the visual tokens it names."""
-    text = model.model.language_model
-    layer = text.layers[0]
-    row, slot = (batch.key >= 0).logical_and(batch.named.any(-1)).nonzero(as_tuple=True)
-    visual, front = batch.rank.shape[1], len(PREFIX)
-    column = batch.key[row, slot] + front + visual + 1
-    width = layer.self_attn.q_proj.out_features // layer.self_attn.config.num_attention_heads
-    cos, sin = text.rotary_emb(embeds, positions)
-    states = layer.input_layernorm(embeds)
-    q, k = layer.self_attn.q_proj, layer.self_attn.k_proj
-    keys = F.linear(states[:, front : front + visual], k.weight[:width], k.bias[:width])
-    keys = rotate(keys, cos[:, front : front + visual], sin[:, front : front + visual])
-    query = rotate(F.linear(states[row, column], q.weight[:width], q.bias[:width]), cos[row, column], sin[row, column])
-    log_p = ((keys[row] @ query[:, :, None])[..., 0] * width**-0.5).log_softmax(-1)
-    return -log_p.masked_fill(~batch.named[row, slot], -torch.inf).logsumexp(-1).mean()
+def gaze_loss(first: tuple[Tensor, Tensor], places: Tensor, targets: Tensor, leave: int) -> Tensor:
+    """A head should look from `places` `[N, 2]` at visual tokens `targets` `[N, V]`; the tokens before those count
+    unless `leave` skips them."""
+    queries, keys = first
+    row, column = places.unbind(1)
+    keys = keys[:, leave:-1].float()
+    scores = (keys[row] @ queries[row, column].float()[:, :, None])[..., 0] * keys.shape[-1] ** -0.5
+    log_p = scores.log_softmax(-1)[:, -targets.shape[1] :]
+    return -log_p.masked_fill(~targets, -torch.inf).logsumexp(-1).mean()
 
 
-def showing_loss(
-    model: Qwen2_5_VLForConditionalGeneration, batch: Batch, embeds: Tensor, middle: Tensor, positions: Tensor
-) -> Tensor:
-    """Head 0 of layer 2 should look from where an answer is said at the visual tokens that show it."""
-    text = model.model.language_model
-    layer = text.layers[2]
-    some = batch.shown.any(-1)
-    (row, column), shown = batch.answers[some].unbind(1), batch.shown[some]
-    visual, front = batch.rank.shape[1], len(PREFIX)
-    column = column + front + visual + 1
-    width = layer.self_attn.q_proj.out_features // layer.self_attn.config.num_attention_heads
-    cos, sin = text.rotary_emb(embeds, positions)
-    states = layer.input_layernorm(middle)
-    q, k = layer.self_attn.q_proj, layer.self_attn.k_proj
-    end = front + visual
-    keys = rotate(F.linear(states[:, :end], k.weight[:width], k.bias[:width]), cos[:, :end], sin[:, :end])
-    query = rotate(F.linear(states[row, column], q.weight[:width], q.bias[:width]), cos[row, column], sin[row, column])
-    log_p = ((keys[row] @ query[:, :, None])[..., 0] * width**-0.5).log_softmax(-1)[:, front:]
-    return -log_p.masked_fill(~shown, -torch.inf).logsumexp(-1).mean()
+@torch.inference_mode()
+def fill(pool: Path, visual: nn.Module, shards: int) -> None:
+    """Write training clips whose visual tokens are computed once, in bfloat16, on one thread.
+
+    Shard n holds `SHARD` clips of one length, stripped of pixels and questions, their coverage `[A, P, 36]` and their
+    tokens `[SHARD, V, D]` in float16. Of 3 clips in 10 it is demanded that their order can be asked for. Shards that
+    are there are left alone.
+    """
+    torch.set_num_threads(1)
+    pool.mkdir(parents=True, exist_ok=True)
+    tower, parent = Tower(visual), multiprocessing.parent_process()
+    for number in range(shards):
+        file = pool / f"{number:05}.pkl"
+        if file.exists():
+            continue
+        if parent and not parent.is_alive():
+            return
+        rng = np.random.default_rng([SEED, ord(pool.name), number])
+        length = int(rng.integers(8, 17))
+        clips: list[Clip] = []
+        while len(clips) < SHARD:
+            ordered = rng.random() < 0.3
+            while True:
+                clip = digit_clip(rng, "train", frames=(length, length), kinds=("order",))
+                if clip.questions or not ordered:
+                    break
+            clips.append(clip)
+        frames = frames_of(clips)
+        with torch.autocast("cpu", torch.bfloat16):
+            parts = [tower(part)[1].half() for part in frames.patches.split(48)]
+        tokens = torch.cat(parts).reshape(SHARD, -1, parts[0].shape[-1]).numpy()
+        stripped = [
+            replace(
+                clip,
+                frames=np.empty((length, 0)),
+                actors=tuple(replace(actor, ink=np.empty(0), paint=np.empty(0)) for actor in clip.actors),
+                questions=(),
+            )
+            for clip in clips
+        ]
+        partial = file.with_suffix(".part")
+        partial.write_bytes(pickle.dumps((stripped, frames.cover, tokens)))
+        os.replace(partial, file)
 
 
 class Trainer:
     def __init__(self, out: Path, stages: dict[str, Stage]) -> None:
         torch.manual_seed(SEED)
         self.out, self.stages = out, stages
-        self.worker = distributed.get_rank() if distributed.is_initialized() else 0
         self.processor = build_processor()
         self.tokenizer = self.processor.tokenizer
-        self.model = build_model(self.tokenizer)
-        graft(self.model, bundled.load()[0])
+        self.vocabulary = self.tokenizer.get_vocab()
         self.heads = Heads(128)
-        self.tower = Tower(self.model.model.visual)
         to_ids = self.tokenizer.convert_tokens_to_ids
         self.word_ids = {
             "digit": torch.tensor(to_ids([str(d) for d in range(10)])),
             "colour": torch.tensor(to_ids(list(COLOURS))),
         }
-        self.bos = torch.tensor([to_ids(PREFIX)])
-        self.mark = torch.tensor([to_ids(["<|vision_end|>"])])
-        self.middle: Tensor | None = None
-        self.model.model.language_model.layers[1].register_forward_hook(self.remember)
+        model = build_model(self.tokenizer, 4)
+        graft(model, bundled.load()[0])
+        self.take(model)
         self.checkpoint = out / "checkpoint.pt"
 
-    def remember(self, module: nn.Module, args: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
-        self.middle = output if isinstance(output, Tensor) else output[0]
+    def take(self, model: Qwen2_5_VLForConditionalGeneration) -> None:
+        self.model = model
+        self.tower, self.reader = Tower(model.model.visual), Reader(model, self.tokenizer)
 
-    def optimizer(self, stage: Stage, name: str) -> torch.optim.AdamW:
-        tower_parameters = [*self.model.model.visual.parameters(), *self.heads.parameters()]
-        groups = [{"params": tower_parameters, "lr": stage.tower_rate, "base": stage.tower_rate}]
-        if name != "A":
-            rest = [p for n, p in self.model.named_parameters() if "visual." not in n]
-            groups.append({"params": rest, "lr": stage.rate, "base": stage.rate})
-        return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    def optimizers(self, stage: Stage) -> list[torch.optim.Optimizer]:
+        own = [(n, p) for n, p in self.model.named_parameters() if ("visual." in n) != bool(stage.layers)]
+        matrices = [p for n, p in own if p.ndim == 2 and "embed" not in n]
+        rest = [p for n, p in own if p.ndim != 2 or "embed" in n] + list(self.heads.parameters())
+        if not stage.muon:
+            return [torch.optim.AdamW([*matrices, *rest], lr=stage.rate, betas=(0.9, 0.98), weight_decay=0.01)]
+        decay = 0.01 if stage.layers else 0.05
+        return [
+            torch.optim.Muon(matrices, lr=stage.rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, lr=0.6 * stage.rate, betas=(0.9, 0.98), weight_decay=0.0),
+        ]
 
     def run(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
         state = torch.load(self.checkpoint, weights_only=True) if self.checkpoint.exists() else None
-        if state:
-            self.model.load_state_dict(state["model"])
-            self.heads.load_state_dict(state["heads"])
         spent = dict.fromkeys(self.stages, 0.0) | (state["spent"] if state else {})
         for name, stage in self.stages.items():
+            if stage.layers > self.model.config.text_config.num_hidden_layers:
+                self.take(deepen(self.model, self.tokenizer))
             if state and (state["stage"], state["step"]) >= (name, stage.steps):
+                if state["stage"] == name:
+                    self.load(state)
                 continue
-            optimizer = self.optimizer(stage, name)
             first = 0
+            optimizers = self.optimizers(stage)
             if state and state["stage"] == name:
+                self.load(state)
                 first = state["step"]
-                optimizer.load_state_dict(state["optimizer"])
-            self.run_stage(name, stage, optimizer, first, spent)
-        if self.worker:
-            return
+                for optimizer, past in zip(optimizers, state["optimizers"]):
+                    optimizer.load_state_dict(past)
+            writer = self.write_ahead(stage.pool) if stage.pool else None
+            self.run_stage(name, stage, optimizers, first, spent)
+            if writer:
+                writer.join()
         save(self.model, self.processor, self.out / "model")
         (self.out / "minutes.json").write_text(json.dumps({k: round(v / 60, 1) for k, v in spent.items()}))
 
+    def write_ahead(self, name: str) -> multiprocessing.process.BaseProcess:
+        """Fill a pool in a second process; returns when there is enough to begin with."""
+        pool = self.out / name
+        work = (pool, self.model.model.visual, POOLS[name])
+        writer = multiprocessing.get_context("spawn").Process(target=fill, args=work, daemon=True)
+        writer.start()
+        while writer.is_alive() and len(list(pool.glob("*.pkl"))) < 64:
+            time.sleep(1)
+        return writer
+
+    def load(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        self.heads.load_state_dict(state["heads"])
+
     def run_stage(
-        self, name: str, stage: Stage, optimizer: torch.optim.AdamW, first: int, spent: dict[str, float]
+        self,
+        name: str,
+        stage: Stage,
+        optimizers: list[torch.optim.Optimizer],
+        first: int,
+        spent: dict[str, float],
     ) -> None:
         began = saved = time.monotonic()
         already = spent[name]
         scores: dict[str, list[float]] = defaultdict(list)
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        bases = [0.6 * stage.rate if stage.muon and at else stage.rate for at in range(len(groups))]
         for step in range(first, stage.steps):
-            warm = min(1.0, (step + 1) / stage.warmup)
+            warm = min(1.0, (step + 1) / 50)
             fall = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / stage.horizon))
-            for group in optimizer.param_groups:
-                group["lr"] = group["base"] * warm * fall
-            rng = np.random.default_rng([SEED, ord(name), step, self.worker])
-            loss, parts = (self.loss_a if name == "A" else self.loss_b)(rng, stage, step / stage.horizon)
-            optimizer.zero_grad(set_to_none=True)
+            for group, base in zip(groups, bases):
+                group["lr"] = base * warm * fall
+            rng = np.random.default_rng([SEED, ord(name), step])
+            loss, parts = self.answering(rng, stage) if stage.layers else self.reading(rng, stage)
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            self.share_gradients(optimizer)
-            nn.utils.clip_grad_norm_((p for group in optimizer.param_groups for p in group["params"]), 1.0)
-            optimizer.step()
+            nn.utils.clip_grad_norm_((p for group in groups for p in group["params"]), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
             for key, value in parts.items():
                 scores[key].append(value)
             now = time.monotonic()
             spent[name] = already + now - began
-            if self.worker:
-                continue
-            if (step + 1) % 25 == 0:
+            if (step + 1) % 50 == 0:
                 pace = (now - began) / (step + 1 - first)
                 shown = " ".join(f"{key} {np.mean(values):.3f}" for key, values in scores.items())
                 left = pace * (stage.steps - step - 1) / 60
                 print(f"{name} {step + 1}/{stage.steps} {pace:.2f} s/step, {left:.1f} min left: {shown}", flush=True)
                 scores.clear()
-            if name != "A" and (step + 1) % 200 == 0:
+            if stage.layers and (step + 1) % 200 == 0:
                 print(
-                    "validation " + show(self.accuracy(list(digit_clips("validation", 64, VALIDATION_SEED)))),
+                    "validation " + show(self.accuracy(list(digit_clips("validation", 128, VALIDATION_SEED)))),
                     flush=True,
                 )
             if now - saved > 120 or step + 1 == stage.steps:
@@ -587,7 +747,7 @@ class Trainer:
                 state = {
                     "model": self.model.state_dict(),
                     "heads": self.heads.state_dict(),
-                    "optimizer": optimizer.state_dict(),
+                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                     "stage": name,
                     "step": step + 1,
                     "spent": spent,
@@ -596,71 +756,44 @@ class Trainer:
                 torch.save(state, partial)
                 os.replace(partial, self.checkpoint)
 
-    def share_gradients(self, optimizer: torch.optim.AdamW) -> None:
-        """Every process takes the mean of all gradients."""
-        if not distributed.is_initialized():
-            return
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        flat = torch.cat([grad.flatten() for grad in grads])
-        distributed.all_reduce(flat)
-        flat /= distributed.get_world_size()
-        for grad, part in zip(grads, flat.split([grad.numel() for grad in grads])):
-            grad.copy_(part.view_as(grad))
-
-    def loss_a(self, rng: np.random.Generator, stage: Stage, progress: float) -> tuple[Tensor, dict[str, float]]:
+    def reading(self, rng: np.random.Generator, stage: Stage) -> tuple[Tensor, dict[str, float]]:
         frames = frames_of([dense_clip(rng, "train") for _ in range(stage.batch)])
         table = self.model.get_input_embeddings().weight.detach()
-        return reading_loss(self.heads, table, self.word_ids, frames, *self.tower(frames.patches))
+        with torch.autocast("cpu", torch.bfloat16):
+            states, tokens = self.tower(frames.patches)
+        return reading_loss(self.heads, table, self.word_ids, frames, states.float(), tokens.float())
 
-    def states(self, batch: Batch, visual: Tensor, stride: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """States behind the last layer of the packed text `[B, TEXT, D]`, the embeddings and the positions."""
-        table = self.model.get_input_embeddings()
-        size = len(visual)
-        parts = [table(self.bos).expand(size, -1, -1), visual, table(self.mark).expand(size, -1, -1), table(batch.ids)]
-        embeds = torch.cat(parts, dim=1)
-        positions, mask = layout(batch, stride)
-        text = self.model.model.language_model
-        out = text(
-            inputs_embeds=embeds, attention_mask={"full_attention": mask}, position_ids=positions, use_cache=False
-        )[0]
-        return out[:, -TEXT:], embeds, positions
-
-    def loss_b(self, rng: np.random.Generator, stage: Stage, progress: float) -> tuple[Tensor, dict[str, float]]:
-        longest = 10 + min(6, int(12 * progress)) if stage.grow else 16
-        size, length = stage.batch, int(rng.integers(8, longest + 1))
-        clips = [digit_clip(rng, "train", frames=(length, length), per_kind=3) for _ in range(size)]
-        batch = collate(clips, self.tokenizer)
-        with torch.set_grad_enabled(stage.joint):
-            patches, visual = self.tower(batch.frames.patches)
-        visual = visual.reshape(size, -1, visual.shape[-1])
-        stride = np.where(rng.random(size) < 0.7, 1.0, rng.uniform(1, 3, size))
-        states, embeds, positions = self.states(batch, visual, torch.from_numpy(stride).float())
+    def answering(self, rng: np.random.Generator, stage: Stage) -> tuple[Tensor, dict[str, float]]:
+        pool = self.out / stage.pool
+        shard = rng.integers(len(list(pool.glob("*.pkl"))))
+        clips, cover, tokens = pickle.loads((pool / f"{shard:05}.pkl").read_bytes())
+        picked = rng.permutation(len(clips))[: stage.batch]
+        asked = [
+            replace(clips[i], questions=questions_about(rng, clips[i].actors, len(clips[i]), per_kind=3))
+            for i in picked
+        ]
+        visual = torch.from_numpy(tokens[picked]).float()
+        batch = collate(asked, [cover[i] for i in picked], visual, self.vocabulary)
+        stride = np.where(rng.random(stage.batch) < 0.7, 1.0, rng.uniform(1, 3, stage.batch))
+        with torch.autocast("cpu", torch.bfloat16):
+            states, kept, first = self.reader(batch, torch.from_numpy(stride).float())
         replies = batch.labels != -100
-        answer = F.cross_entropy(self.model.lm_head(states[replies]), batch.labels[replies])
-        looking = looking_loss(self.model, batch, embeds, positions)
-        front, count = len(PREFIX), visual.shape[1]
-        middle = F.layer_norm(self.middle[:, front : front + count], visual.shape[-1:])
-        past = {
-            name: F.cross_entropy(getattr(self.heads, name)(middle).flatten(0, 1), getattr(batch, name).flatten())
-            for name in ("rank", "round", "start")
-        }
-        showing = showing_loss(self.model, batch, embeds, self.middle, positions)
-        loss = answer + 0.3 * looking + 0.3 * showing + 0.5 * sum(past.values())
+        labels, weight = batch.labels[replies], batch.weight[replies]
+        logits = self.model.lm_head(states.float())
+        answer = (F.cross_entropy(logits, labels, reduction="none") * weight).sum() / weight.sum()
+        looking = gaze_loss(first[0], batch.keys, batch.named, len(PREFIX))
+        showing = gaze_loss(first[SHOWING[stage.layers]], batch.said, batch.shown, 0)
+        loss = answer + 0.2 * looking + 0.3 * showing
         parts = {"answer": answer.item(), "looking": looking.item(), "showing": showing.item()}
-        parts |= {name: value.item() for name, value in past.items()}
-        table = self.model.get_input_embeddings().weight
-        if stage.joint:
-            tokens = visual.reshape(-1, TOKENS, visual.shape[-1])
-            reading, scores = reading_loss(self.heads, table, self.word_ids, batch.frames, patches, tokens)
-            loss = loss + 0.2 * reading
-            parts["digit"] = scores["digit"]
-        if stage.crowds:
-            crowd = frames_of([dense_clip(rng, "train") for _ in range(stage.crowds)])
-            reading, scores = reading_loss(self.heads, table, self.word_ids, crowd, *self.tower(crowd.patches))
-            loss = loss + 0.3 * reading
-            parts["crowd"] = scores["digit"]
-        right = self.model.lm_head(states[replies]).argmax(-1) == batch.labels[replies]
-        parts["token"] = right.float().mean().item()
+        for layer, names in TELLS[stage.layers].items():
+            behind = F.layer_norm(kept[layer].float(), kept[layer].shape[-1:])
+            for name in names:
+                guess = self.heads.told[f"{layer}_{name}"](behind)
+                # Most appearances are first ones.
+                rare = torch.tensor([1.0, 3.0, 6.0]) if name == "round" else None
+                loss = loss + 0.15 * F.cross_entropy(guess, batch.told[name], rare)
+                parts[f"{name}{layer}"] = (guess.argmax(-1) == batch.told[name]).float().mean().item()
+        parts["token"] = (logits.argmax(-1) == labels).float().mean().item()
         return loss, parts
 
     @torch.no_grad()
@@ -672,10 +805,14 @@ class Trainer:
             groups[-(-len(clip) // PAIR)].append(clip)
         for group in groups.values():
             for first in range(0, len(group), size):
-                batch = collate(group[first : first + size], self.tokenizer)
-                visual = self.tower(batch.frames.patches)[1].reshape(len(batch.ids), batch.rank.shape[1], -1)
-                states = self.states(batch, visual, torch.ones(len(visual)))[0]
-                right = (self.model.lm_head(states).argmax(-1) == batch.labels) | (batch.labels == -100)
+                part = group[first : first + size]
+                frames = frames_of(part)
+                visual = self.tower(frames.patches)[1].reshape(len(part), -1, 128)
+                batch = collate(part, frames.cover, visual, self.vocabulary)
+                states = self.reader(batch, torch.ones(len(part)))[0]
+                replies = batch.labels != -100
+                right = ~replies
+                right[replies] = self.model.lm_head(states).argmax(-1) == batch.labels[replies]
                 for row, asked in enumerate(batch.asked):
                     for kind, start, stop in asked:
                         counts[kind][0] += bool(right[row, start:stop].all())
@@ -715,15 +852,23 @@ def show(counts: dict[str, tuple[int, int]]) -> str:
 
 def save(model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor, folder: Path) -> None:
     """Write a float16 `save_pretrained` folder without changing `model`."""
-    partial = build_model(processor.tokenizer)
+    partial = build_model(processor.tokenizer, model.config.text_config.num_hidden_layers)
     partial.load_state_dict(model.state_dict())
     partial.to(torch.float16).save_pretrained(folder)
     processor.save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)
 
 
-def evaluate(folder: Path, per_kind: int, seed: int = REPORT_SEED, batch: int = 32) -> dict:
-    """Accuracy on fresh test clips with all tokens: of every kind the first `per_kind` questions, one a clip."""
+def evaluate(
+    folder: Path,
+    per_kind: int,
+    seed: int = REPORT_SEED,
+    method: str | None = None,
+    keep: float = 1.0,
+    batch: int = 32,
+) -> dict:
+    """Accuracy on fresh test clips, with all tokens unless `method` drops some: of every kind the first `per_kind`
+    questions, one a clip."""
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     processor = Qwen2_5_VLProcessor.from_pretrained(folder)
     asked: list[tuple[Clip, VideoQuestion]] = []
@@ -740,10 +885,13 @@ def evaluate(folder: Path, per_kind: int, seed: int = REPORT_SEED, batch: int = 
     right = dict.fromkeys(VIDEO_KINDS, 0)
     for first in range(0, len(asked), batch):
         part = asked[first : first + batch]
-        replies = answers(model, processor, [(clip, question.text) for clip, question in part])
+        with vlmprune.prune(model, method, keep=keep) if method else nullcontext():
+            replies = answers(model, processor, [(clip, question.text) for clip, question in part])
         for reply, (_, question) in zip(replies, part):
             right[question.kind] += reply == question.answer
     result: dict = {"clips": used, "seed": seed, "mean": 0.0, "kinds": {}}
+    if method:
+        result |= {"method": method, "keep": keep}
     for kind, total in counts.items():
         low, high = wilson(right[kind], total)
         result["kinds"][kind] = {
@@ -762,21 +910,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for the checkpoint, the model and the evaluation")
     parser.add_argument("--evaluate", type=Path, metavar="FOLDER", help="only measure a finished model")
     parser.add_argument("--count", type=int, default=512, help="test clips to measure each kind of question on")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=REPORT_SEED, help="of the test clips")
+    parser.add_argument("--method", help="with --evaluate: drop visual tokens by this method")
+    parser.add_argument("--keep", type=float, default=0.25, help="share of visual tokens that --method keeps")
+    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    if "RANK" in os.environ:
-        distributed.init_process_group("gloo")
     if arguments.evaluate:
-        print(json.dumps(evaluate(arguments.evaluate, arguments.count), indent=1))
+        result = evaluate(arguments.evaluate, arguments.count, arguments.seed, arguments.method, arguments.keep)
+        print(json.dumps(result, indent=1))
         return
     if not arguments.out:
         parser.error("one of --out and --evaluate is needed")
     trainer = Trainer(arguments.out, STAGES)
     trainer.run()
-    if trainer.worker:
-        return
-    result = evaluate(arguments.out / "model", arguments.count)
+    result = evaluate(arguments.out / "model", arguments.count, arguments.seed)
     (arguments.out / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 

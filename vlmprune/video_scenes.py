@@ -164,8 +164,25 @@ def digit_clip(
         parts = tuple(Appearance(*span, track) for span, track in zip(spans, tracks, strict=True))
         cast.append(Actor(digit, colour, source, parts, ink, paint))
     everyone = tuple(cast)
-    questions = tuple(q for kind in kinds for q in _ask(rng, everyone, length, kind, per_kind))
+    questions = questions_about(rng, everyone, length, per_kind=per_kind, kinds=kinds)
     return Clip(_film(pixels, everyone, length), everyone, questions, background)
+
+
+def questions_about(
+    rng: np.random.Generator,
+    actors: tuple[Actor, ...],
+    length: int,
+    *,
+    per_kind: int = 1,
+    kinds: Sequence[VideoKind] = VIDEO_KINDS,
+) -> tuple[VideoQuestion, ...]:
+    """Up to `per_kind` different questions of every kind about the actors of a clip of `length` frames."""
+    asked: list[VideoQuestion] = []
+    for kind in kinds:
+        questions = _ASKERS[kind](rng, actors, length)
+        order = range(len(questions)) if kind == "moment" else rng.permutation(len(questions))
+        asked += [questions[i] for i in order[:per_kind]]
+    return tuple(asked)
 
 
 def dense_clip(
@@ -307,14 +324,6 @@ def moment_frames(moment: str, length: int) -> tuple[int, int]:
     """The two frames of `length` that count as the start, the middle or the end."""
     first = {"start": 0, "middle": length // 2 - 1, "end": length - 2}[moment]
     return first, first + 1
-
-
-def _ask(
-    rng: np.random.Generator, actors: tuple[Actor, ...], length: int, kind: VideoKind, limit: int
-) -> list[VideoQuestion]:
-    """Up to `limit` different questions of one kind."""
-    questions = _ASKERS[kind](rng, actors, length)
-    return [questions[i] for i in rng.permutation(len(questions))[:limit]] if kind != "moment" else questions[:limit]
 
 
 def _span(part: Appearance) -> tuple[int, ...]:
