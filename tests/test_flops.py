@@ -156,7 +156,8 @@ def test_report_equals_the_counter(family, attention):
         pruned = count(model, **inputs)
     report, top = session.last, type(model).__name__
     for ours, measured in zip(report.flops, (full, pruned)):
-        tower = measured.get(f"{top}.model.vision_tower", 0) + measured.get(f"{top}.model.visual", 0)
+        names = ("vision_tower", "visual", "image_tower", "video_tower")
+        tower = sum(measured.get(f"{top}.model.{name}", 0) for name in names)
         projector = measured.get(f"{top}.model.multi_modal_projector", 0)
         assert ours.vision_tower + ours.projector == pytest.approx(tower + projector, rel=0.01)
         assert ours.language_model == pytest.approx(measured[f"{top}.model.language_model"], rel=0.01)

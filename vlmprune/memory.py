@@ -106,7 +106,7 @@ def _module_of(name: str) -> str:
     parts = name.split(".")
     if any("projector" in part or part.startswith(("merger", "deepstack_merger")) for part in parts):
         return "projector"
-    if "vision_tower" in parts or "visual" in parts:
+    if {"vision_tower", "visual", "image_tower", "video_tower"} & set(parts):
         return "vision_tower"
     return "lm_head" if "lm_head" in parts else "language_model"
 
