@@ -120,5 +120,5 @@ def test_cluster_energy_is_highest_where_patches_repeat() -> None:
 
 
 def test_families_without_a_tower_to_reduce_are_told_so() -> None:
-    with pytest.raises(ValueError, match=r"encoder_kept.*Qwen2-VL.*divprune"):
+    with pytest.raises(ValueError, match=r'encoder_kept.*Qwen2-VL.*where="boundary"'):
         vlmprune.prune(model_of(FAMILIES["qwen2.5-vl"]), "tome", keep=0.5)
