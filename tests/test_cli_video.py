@@ -135,6 +135,15 @@ def test_every_video_family_is_drawn(film, monkeypatch, tmp_path, family, frames
         (["--video", "{film}", "--clip", "ViT-B-32", "--roi", "0.5", "q"], "give the weights"),
         (["--image", "{film}", "--frames", "3", "q"], "about videos"),
         (["q"], "no image.*--video"),
+        (["--video", "{film}", "--budget", "5", "q"], "add --stream"),
+        (["--video", "{film}", "--video", "{film}", "--stream", "q"], "watches one --video"),
+        (["--video", "{film}", "--stream", "--frames", "3", "q"], "watches one --video"),
+        (["--video", "{film}", "--stream", "--every", "0", "q"], "--every takes"),
+        (["--video", "{film}", "--stream", "--budget", "0", "q"], "budget is the number"),
+        (["--video", "{film}", "--stream", "--fps", "-1", "q"], "fps must be"),
+        (["--video", "{film}", "--stream", "--pruner", "fastv", "q"], "listens to the question"),
+        (["--video", "{tmp}/text.mp4", "--stream", "q"], "not a video"),
+        (["--video", "{film}", "--stream", " "], "question is empty"),
     ],
 )
 def test_mistakes_get_one_sentence(tmp_path, film, shared, arguments, sentence):
@@ -154,3 +163,18 @@ def test_pictures_behind_a_video(film, shared, tmp_path):
     result = call("ask", "--video", film, "--frames", 2, "--image", tmp_path / "extra.png", "--overlay", strip, "what?")
     assert result.exit_code == 0, result.stderr
     assert strip.exists()
+
+
+def test_a_video_is_watched_as_a_stream(film):
+    arguments = ("--keep", 0.5, "--budget", 40, "--evict", "divprune", "How many digits are there?")
+    result = call("ask", "--video", film, "--stream", "--every", 1, *arguments)
+    assert result.exit_code == 0, result.stderr
+    first, second, last = result.stdout.splitlines()
+    assert first.startswith("1 s: ")
+    assert second.startswith("2 s: ")
+    assert last
+    assert "12 frames, 2.8 s: holds 40 of 90 visual tokens" in result.stderr
+    result = call("ask", "--video", film, "--stream", "--fps", 2, *arguments)
+    assert result.exit_code == 0, result.stderr
+    assert len(result.stdout.splitlines()) == 1
+    assert "6 frames, 2.5 s: holds 40 of 45 visual tokens" in result.stderr

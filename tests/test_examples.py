@@ -41,6 +41,23 @@ def test_ask_video(monkeypatch, capsys, tmp_path) -> None:
     assert "visual tokens" in report
 
 
+def test_stream_video(monkeypatch, capsys, tmp_path) -> None:
+    pytest.importorskip("av")
+    pytest.importorskip("sklearn")
+    pytest.importorskip("skimage")
+    from videos import write
+
+    film = write(tmp_path / "film.mp4", frames=12, fps=4)
+    for given in ([], [str(film), "How many digits are there?", "--fps", "2", "--every", "2"]):
+        monkeypatch.setattr(sys, "argv", ["stream_video.py", *given])
+        runpy.run_path(str(EXAMPLES / "stream_video.py"), run_name="__main__")
+        *answers, report = capsys.readouterr().out.splitlines()
+        assert [line.split(" s: ")[0] for line in answers] == (["0.50", "1.50", "2.50"] if given else ["0.29", "0.62"])
+        assert all(line.split(": ")[1] for line in answers)
+        assert ("6 frames" if given else "16 frames") in report
+        assert ("holds 45 of 45" if given else "holds 72 of 144") in report
+
+
 def test_own_method(capsys) -> None:
     try:
         runpy.run_path(str(EXAMPLES / "own_method.py"), run_name="__main__")

@@ -16,7 +16,7 @@ from PIL import Image
 from videos import number, picture, write, write_sound
 
 from vlmprune import video
-from vlmprune.video import BACKENDS, Clip, available, read_video
+from vlmprune.video import BACKENDS, Clip, available, iter_video, read_video
 
 TIMES = np.cumsum(np.random.default_rng(0).uniform(0.02, 0.4, 60))
 SOME = [0, 5, 13, 14, 40, 59]
@@ -358,3 +358,23 @@ def test_metadata_at_a_varying_rate_tells_the_real_times(files):
     metadata = clip.metadata()
     assert metadata.timestamps == pytest.approx(clip.timestamps, abs=1e-5)
     assert 1 / metadata.sampled_fps == pytest.approx(clip.duration / 6, rel=0.2)
+
+
+@pytest.mark.parametrize("name", ["mp4", "webm", "variable"])
+def test_frames_come_one_by_one_as_from_a_camera(files, name):
+    whole = read_video(files[name], 60, backend="pyav")
+    times, shown = zip(*iter_video(files[name]))
+    assert np.array_equal(np.stack(shown), whole.frames)
+    assert np.array_equal(times, whole.timestamps)
+    some = read_video(files[name], fps=2.0, backend="pyav")
+    times, shown = zip(*iter_video(files[name], fps=2.0))
+    assert np.array_equal(np.stack(shown), some.frames)
+    assert np.array_equal(times, some.timestamps)
+
+
+def test_a_film_that_is_left_early_is_closed(files):
+    film = iter_video(files["mp4"])
+    assert next(film)[0] == 0.0
+    film.close()
+    with pytest.raises(ValueError, match="fps must be"):
+        next(iter_video(files["mp4"], fps=0))

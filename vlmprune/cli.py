@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from vlmprune.demo import Row
     from vlmprune.overlay import Panel
     from vlmprune.report import ItemReport
+    from vlmprune.streaming import Stream
     from vlmprune.video import Clip
 
 
@@ -178,6 +179,19 @@ def ask(
         str | None,
         typer.Option(help="CLIP for these: a folder, or name:weights of open_clip.", show_default="the bundled one"),
     ] = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Watch the video frame by frame, with bounded memory; all frames or --fps.")
+    ] = False,
+    budget: Annotated[
+        int | None, typer.Option(help="Visual tokens that a stream holds.", show_default="512, with --stream")
+    ] = None,
+    evict: Annotated[
+        str | None,
+        typer.Option(help='Who leaves a full stream: "oldest", or a method.', show_default="oldest, with --stream"),
+    ] = None,
+    every: Annotated[
+        float | None, typer.Option(help="Ask again every so many seconds of a stream.", show_default="at its end")
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="Hub id or folder of a checkpoint.", show_default="a bundled one")
     ] = None,
@@ -210,6 +224,29 @@ def ask(
         raise ValueError(
             "--frames, --fps, --frame-keep, --roi and --clip are about videos: give one with --video FILE."
         )
+    if not stream and (budget, evict, every) != (None,) * 3:
+        raise ValueError("--budget, --evict and --every are about a stream: add --stream.")
+    if stream:
+        if not video or len(video) > 1 or image or compare or overlay or (frames, frame_keep, roi, clip) != (None,) * 4:
+            raise ValueError("--stream watches one --video; of the options for videos it knows --fps alone.")
+        if every is not None and not every > 0:
+            raise ValueError(f"--every takes a number of seconds above zero, got {every}.")
+        with _err().status("loading the model"):
+            from vlmprune.ask import prompt_inputs
+
+            method = _method(pruner, keep, positions, setting)
+            chat = _chat(model, device, dtype, video=True)
+            prompt_inputs(chat.processor, question)  # a question that cannot be asked is told before the film is over
+            watching = vlmprune.stream(
+                chat.model,
+                chat.processor,
+                method,
+                budget=512 if budget is None else budget,
+                evict=evict or "oldest",
+                fps=fps or 24.0,
+            )
+        _watch(watching, video[0], question, fps, every, max_new_tokens)
+        return
     with _err().status("loading the model"):
         from vlmprune import ask as job
         from vlmprune.overlay import check_image_path
@@ -449,6 +486,26 @@ def methods() -> None:
     console.print(table)
     for name, paper, why in methods_table.LEFT_OUT:
         console.print(f"[dim]left out: {escape(f'{name} ({paper}): {why}.')}[/]", highlight=False)
+
+
+def _watch(
+    watching: Stream, path: Path, question: str, fps: float | None, every: float | None, max_new_tokens: int
+) -> None:
+    """Show a stream a file frame by frame; ask as time passes, and at the end."""
+    from vlmprune.video import iter_video
+
+    console, notes, due = _out(), _err(), every
+    with watching, notes.status("watching") as status:
+        for seconds, frame in iter_video(path, fps=fps):
+            while every is not None and due is not None and seconds >= due:
+                if watching.report.frames:
+                    line = f"{due:g} s: {watching.ask(question, max_new_tokens)}"
+                    console.print(line, markup=False, highlight=False, soft_wrap=True)
+                due += every
+            watching.add(frame, seconds)
+            status.update(escape(str(watching.report)))
+        console.print(watching.ask(question, max_new_tokens), markup=False, highlight=False, soft_wrap=True)
+        notes.print(f"[dim]{escape(f'{watching.pruner.name}: {watching.report}')}[/]", highlight=False, soft_wrap=True)
 
 
 def _clips(

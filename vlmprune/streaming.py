@@ -145,10 +145,11 @@ class StreamReport:
         return self.kv_bytes + self.feature_bytes + self.other_bytes
 
     def __str__(self) -> str:
-        shown = len(self.times.unique())
+        moments = len(self.times.unique())
         return (
-            f"{self.frames} frames, {self.seconds:.1f} s: holds {self.tokens} of {self.entered} visual tokens, from "
-            f"{shown} frame{'s' * (shown != 1)}, KV cache {format_bytes(self.kv_bytes)}"
+            f"{self.frames} frame{'s' * (self.frames != 1)}, {self.seconds:.1f} s: "
+            f"holds {self.tokens} of {self.entered} visual tokens, "
+            f"from {moments} moment{'s' * (moments != 1)}, KV cache {format_bytes(self.kv_bytes)}"
         )
 
 
@@ -722,6 +723,7 @@ def _check_pruner(adapter: Adapter, pruner: Pruner) -> None:
         raise ValueError(f"a stream's keep is a ratio of a frame's tokens or a count of them, got {pruner.keep!r}.")
 
 
+@torch.no_grad()
 def _chooser(adapter: Adapter, pruner: Pruner) -> Pruner:
     """The pruner that chooses who leaves, tried on made-up tokens.
 

@@ -214,6 +214,43 @@ def read_video(
     )
 
 
+def iter_video(
+    path: str | os.PathLike[str], *, fps: float | None = None, timeout: float = 120.0
+) -> Iterator[tuple[float, np.ndarray]]:
+    """The frames of a file one after the other, as a camera would give them: one is held at a time.
+
+    Args:
+        fps: those shown at 0, 1 / fps, 2 / fps ... seconds, each once; by default all.
+        timeout: seconds after which listing the file's packets is given up.
+
+    Yields:
+        (seconds from the first frame of the file, uint8 [H, W, 3]). Read by PyAV.
+
+    Raises:
+        ValueError, ImportError, TimeoutError: as `read_video`.
+    """
+    if fps is not None and not (isinstance(fps, (int, float)) and np.isfinite(fps) and fps > 0):
+        raise ValueError(f"fps must be a number above zero, got {fps!r}.")
+    _require("pyav")
+    file = _check_file(path)
+    with _readable(file):
+        track = _Track.of(file, time.monotonic() + timeout)
+        wanted = _choose(track, None if fps else len(track.times), fps, None, file)
+        done = 0
+        with _open(file) as container:
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            for number, picture in _frames(container, stream, track, file, np.inf):
+                if picture is None or done == len(wanted) or number < wanted[done]:
+                    continue
+                # A broken frame is passed over.
+                done = int(np.searchsorted(wanted, number, side="right"))
+                if wanted[done - 1] == number:
+                    yield float(track.times[number]), _pixels(picture, track)
+        if not done:
+            raise ValueError(f"'{file}' is damaged: none of its frames can be decoded.")
+
+
 def available() -> tuple[str, ...]:
     """The backends that are installed."""
     modules = {"decord": "decord", "pyav": "av", "torchcodec": "torchcodec"}
@@ -417,8 +454,7 @@ def _pyav(file: Path, track: _Track, wanted: np.ndarray, end: float) -> tuple[np
                         continue
                     if number > wanted[done]:
                         break
-                    pixels = picture.to_ndarray(format="rgb24", width=track.width, height=track.height)
-                    pixels = np.rot90(pixels, round(picture.rotation / 90))  # held upright when it was filmed
+                    pixels = _pixels(picture, track)
                     if not done:
                         out = np.empty((len(wanted), *pixels.shape), dtype=np.uint8)
                     out[done] = pixels
@@ -453,6 +489,12 @@ def _frames(container: Any, stream: Any, track: _Track, file: Path, end: float) 
             serial += 1
             if number is not None:
                 yield number, picture
+
+
+def _pixels(picture: Any, track: _Track) -> np.ndarray:
+    """uint8 [H, W, 3], RGB, upright as it was held when it was filmed."""
+    pixels = picture.to_ndarray(format="rgb24", width=track.width, height=track.height)
+    return np.rot90(pixels, round(picture.rotation / 90))
 
 
 def _torchcodec(file: Path, track: _Track, wanted: np.ndarray) -> np.ndarray:
