@@ -339,7 +339,8 @@ def test_deeper_tokens_cost_more_and_gradients_reach_every_head(training: Any) -
     run = training.Training(model.requires_grad_(False), made, training.Settings())
     batch = training.collate(processor, [training.Questions(None, "train", 2)[i] for i in range(6)])
     parts = run(batch, 0.2, 10.0)
-    assert parts["depth"].item() == pytest.approx(sum(s * layer for s, layer in zip(parts["shares"].tolist(), (1, 2, 3))))
+    depth = sum(share * layer for share, layer in zip(parts["shares"].tolist(), (1, 2, 3)))
+    assert parts["depth"].item() == pytest.approx(depth)
     assert parts["loss"].item() == pytest.approx(
         (parts["answer"] + 0.02 * parts["depth"] + 0.05 * parts["target"]).item(), rel=1e-5
     )
