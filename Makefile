@@ -1,10 +1,10 @@
 # make demo   set everything up in .venv and ask the bundled model about held-out images
 # make test   lint, types, import rules, then the whole test suite
-# make accuracy, make bench   regenerate the committed figures under benchmarks/results
+# make accuracy, make accuracy-video, make bench   regenerate the committed figures under benchmarks/results
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint accuracy bench clean
+.PHONY: demo test lint accuracy accuracy-video bench clean
 
 demo: .venv/installed
 	$(BIN)/vlmprune demo
@@ -24,6 +24,10 @@ lint: .venv/installed
 accuracy: .venv/installed
 	$(BIN)/vlmprune sweep benchmarks/sweep.yaml
 	$(BIN)/vlmprune report benchmarks/results/accuracy
+
+accuracy-video: .venv/installed
+	$(BIN)/vlmprune sweep benchmarks/sweep-video.yaml --no-timing
+	$(BIN)/vlmprune report benchmarks/results/accuracy-video
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/kernels.py

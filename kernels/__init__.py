@@ -4,13 +4,15 @@ Everything here takes and returns tensors, knows no model, and never synchronise
 imported only when a Triton backend runs.
 """
 
-from .attention import attention_scores
-from .compact import compact
-from .cosine import pairwise_cosine
-from .coverage import coverage_select
-from .dpp import dpp_select
-from .max_min import max_min_select
-from .merge import Matching, MergePlan, bipartite_match, merge_plan, merge_tokens, nearest_target
+# With this folder on the path other libraries find it as `kernels`; registering the operations twice corrupts them.
+if __name__ == "vlmprune.kernels":
+    from .attention import attention_scores
+    from .compact import compact
+    from .cosine import pairwise_cosine
+    from .coverage import coverage_select
+    from .dpp import dpp_select
+    from .max_min import max_min_select
+    from .merge import Matching, MergePlan, bipartite_match, merge_plan, merge_tokens, nearest_target
 
 __all__ = [
     "Matching",

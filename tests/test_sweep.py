@@ -493,11 +493,16 @@ def test_killed_in_the_midst_of_its_writes(digits, tmp_path):
 
 def test_two_processes_give_the_rows_of_one(done, digits, tmp_path):
     out = tmp_path / "out"
-    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1")
-    launcher += ("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m")
+    # `accelerate launch --cpu` starts one process, whatever number it is given.
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
     process = start("--data", digits, *QUICK, "--out", out, launcher=launcher)
+    shared = False
+    while process.poll() is None:
+        shared |= any(out.glob("parts/*/1.jsonl"))
+        time.sleep(0.01)
     stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
+    assert shared  # the second process wrote its part
     assert stdout.count("unpruned") <= 2  # the table once, not from every process
     same_files(out, done)
 

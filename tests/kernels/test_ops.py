@@ -1,9 +1,13 @@
 """Each operation is one registered op whose fake kernel tells the truth about shapes, dtypes and strides."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
-from vlmprune import kernels  # noqa: F401
+from vlmprune import kernels
 
 x, square = torch.randn(2, 7, 5), torch.rand(2, 7, 7)
 mask, counts = torch.rand(2, 7) < 0.7, torch.tensor([3, 1])
@@ -27,3 +31,13 @@ CASES = {
 def test_registration(name, args):
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(getattr(torch.ops.vlmprune, name).default, args, test_utils=checks)
+
+
+def test_found_by_the_bare_name_it_registers_nothing():
+    """transformers looks for a package `kernels`, and in this folder finds ours: registered twice, operations crash."""
+    folder = Path(kernels.__file__).parents[1]
+    code = (
+        f"import sys, vlmprune.kernels; sys.path.insert(0, {str(folder)!r}); import kernels; "
+        "sys.exit(hasattr(kernels, 'max_min_select'))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
