@@ -23,6 +23,7 @@ from test_laws import model_of
 from torch import Tensor
 
 import vlmprune
+from vlmprune import bundled
 from vlmprune.adapters import adapter_for
 from vlmprune.pruners import qtsplus
 from vlmprune.pruners.qtsplus import PREFIX, TokenSelector
@@ -584,3 +585,27 @@ def test_drawn_counts_cover_the_range(training: Any) -> None:
     assert min(given) <= 8
     assert max(given) >= 68
     assert training.drawn(training.Settings(drawn=0.0), 5, 144) is None
+
+
+def test_bundled_weights_fit_the_bundled_model() -> None:
+    """On demo questions: budgets that differ and stay near the trained ones, and answers that are still right."""
+    model, processor = bundled.load()
+    asked = [(scene.image, question) for scene in bundled.demo_scenes() for question in scene.questions]
+    chats = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": q.text}]}] for _, q in asked]
+    prompts = processor.apply_chat_template(chats, add_generation_prompt=True)
+    inputs = processor(
+        images=[[image] for image, _ in asked], text=prompts, padding=True, padding_side="left", return_tensors="pt"
+    )
+
+    def right(pruner: vlmprune.Pruner) -> tuple[int, list[int]]:
+        with vlmprune.prune(model, pruner) as session:
+            ids = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+        replies = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        counts = [item.tokens_after for item in session.last.items]
+        return sum(reply.strip() == question.answer for reply, (_, question) in zip(replies, asked)), counts
+
+    mine, counts = right(vlmprune.QTSplus(weights=bundled.qtsplus_weights()))
+    assert len(set(counts)) > 1
+    assert 8 <= min(counts) <= max(counts) <= 40
+    assert mine >= 0.8 * len(asked)
+    assert mine > right(vlmprune.Random(keep=16))[0]

@@ -61,7 +61,7 @@ class Settings:
     data: str | None = None
     start: str | None = None
     scenes: tuple[int, int] = (600, 64)
-    steps: int = 200
+    steps: int = 500
     batch: int = 24
     rate: float = 1e-3
     scoring: int = 1

@@ -69,6 +69,11 @@ def gsearch_schedule() -> Path:
     return _HERE / "digit-llava-gsearch.json"
 
 
+def qtsplus_weights() -> Path:
+    """Folder of QTSplus's selector for the bundled model: `vlmprune.QTSplus(weights=bundled.qtsplus_weights())`."""
+    return _HERE / "digit-llava-qtsplus"
+
+
 def load(dtype: torch.dtype | None = None) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """The bundled model in evaluation mode, float32 unless `dtype` says otherwise, on the CPU, and its processor."""
     import torch
