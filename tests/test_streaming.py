@@ -287,6 +287,8 @@ def test_oracle_of_positions_that_close_up(family: str, evict: str, monkeypatch:
     moved = [torch.zeros_like(entry)]
     for _, before, after in closings:
         assert list(before) == list(after)
+        if "qwen3" not in family:  # no gap is left; where frames have rows and columns of their own, none between them
+            assert set(torch.stack(list(after.values()))[:, 0].unique().diff().tolist()) == {1}
         moved.append(torch.zeros_like(entry))
         for column, name in names.items():
             if name in after:
