@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vlmprune.adapters.tower import Tower
-from vlmprune.contract import Patches, Reduced
+from vlmprune.contract import Patches, Reduced, choosing
 
 
 class Reduction:
@@ -99,18 +99,18 @@ class Reduction:
         into = every if self._into is None else self._into
         size = torch.ones(batch, count, device=hidden.device) if self._size is None else self._size
         assert self._grid is not None
-        reduced = self.reduce(
-            Patches(
-                features=hidden,
-                prefix=self.tower.prefix,
-                size=size,
-                place=place,
-                grid=self._grid,
-                layer=layer,
-                depth=self.tower.feature_layer + 1,
-                keys=functools.partial(self._keys, layer),
-            )
+        patches = Patches(
+            features=hidden,
+            prefix=self.tower.prefix,
+            size=size,
+            place=place,
+            grid=self._grid,
+            layer=layer,
+            depth=self.tower.feature_layer + 1,
+            keys=functools.partial(self._keys, layer),
         )
+        with choosing():
+            reduced = self.reduce(patches)
         if reduced is not None:
             hidden = reduced.features
             self._size = torch.zeros_like(size[:, : hidden.shape[1]]).scatter_add(1, reduced.into, size)

@@ -8,20 +8,24 @@ imported only when a Triton backend runs.
 if __name__ == "vlmprune.kernels":
     from .attention import attention_scores
     from .compact import compact
-    from .cosine import pairwise_cosine
+    from .cosine import gram_flops, pairwise_cosine
     from .coverage import coverage_select
-    from .dpp import dpp_select
-    from .max_min import max_min_select
-    from .merge import Matching, MergePlan, bipartite_match, merge_plan, merge_tokens, nearest_target
+    from .dpp import dpp_flops, dpp_select
+    from .max_min import max_min_flops, max_min_select
+    from .merge import Matching, MergePlan, bipartite_flops, bipartite_match, merge_plan, merge_tokens, nearest_target
 
 __all__ = [
     "Matching",
     "MergePlan",
     "attention_scores",
+    "bipartite_flops",
     "bipartite_match",
     "compact",
     "coverage_select",
+    "dpp_flops",
     "dpp_select",
+    "gram_flops",
+    "max_min_flops",
     "max_min_select",
     "merge_plan",
     "merge_tokens",

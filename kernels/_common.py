@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 Backend = Literal["auto", "torch", "triton"]
 Count = int | Sequence[int] | Tensor
+
+BODIES: dict[str, Callable[..., Any]] = {}
+"""What each operation runs, by its name in torch's dispatcher; the last argument is the backend."""
+
+
+def operation(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
+    """Register a function as the operation `vlmprune::name` of torch's dispatcher."""
+
+    def register(body: Callable[..., Any]) -> Any:
+        BODIES[f"vlmprune::{name}"] = body
+        return torch.library.custom_op(f"vlmprune::{name}", body, mutates_args=(), schema=schema)
+
+    return register
 
 
 def resolve_backend(backend: str, x: Tensor) -> str:

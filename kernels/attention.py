@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ._common import check_mask, resolve_backend
+from ._common import check_mask, operation, resolve_backend
 
 _CHUNK = 1 << 23
 
@@ -78,9 +78,8 @@ def attention_scores(
     )
 
 
-@torch.library.custom_op(
-    "vlmprune::attention_scores",
-    mutates_args=(),
+@operation(
+    "attention_scores",
     schema=(
         "(Tensor q, Tensor k, Tensor? mask, Tensor? query_mask, Tensor? query_index, float scale, bool rows, "
         "bool per_head, str backend) -> Tensor"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._common import resolve_backend
+from ._common import operation, resolve_backend
 
 
 def compact(
@@ -59,9 +59,8 @@ def compact(
     return _compact(keep, tensors, where, values, resolve_backend(backend, keep))
 
 
-@torch.library.custom_op(
-    "vlmprune::compact",
-    mutates_args=(),
+@operation(
+    "compact",
     schema="(Tensor keep, Tensor[] tensors, int[] dims, float[] fill, str backend) -> Tensor[]",
 )
 def _compact(keep: Tensor, tensors: list[Tensor], dims: list[int], fill: list[float], backend: str) -> list[Tensor]:

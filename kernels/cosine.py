@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._common import Directions, check_mask, check_tokens, directions, resolve_backend
+from ._common import Directions, check_mask, check_tokens, directions, operation, resolve_backend
 
 _BLOCK = 192
 
@@ -52,9 +52,8 @@ def pairwise_cosine(
     return _pairwise_cosine(x, y, mask, y_mask, eps, resolve_backend(backend, x))
 
 
-@torch.library.custom_op(
-    "vlmprune::pairwise_cosine",
-    mutates_args=(),
+@operation(
+    "pairwise_cosine",
     schema="(Tensor x, Tensor? y, Tensor? mask, Tensor? y_mask, float eps, str backend) -> Tensor",
 )
 def _pairwise_cosine(
@@ -76,6 +75,14 @@ def _(x: Tensor, y: Tensor | None, mask: Tensor | None, y_mask: Tensor | None, e
 def cosine_reference(x: Directions, y: Directions) -> Tensor:
     """One product, scaled: any device."""
     return torch.bmm(x.rows, y.rows.mT).mul_(x.inverse[..., None]).mul_(y.inverse[:, None])
+
+
+def gram_flops(n: int, width: int) -> int:
+    """Products of `gram` on the CPU for one item of `n` rows, 2 FLOPs a multiply-add."""
+    if n <= _BLOCK:
+        return 2 * n * n * width
+    block = _BLOCK if n < 8 * _BLOCK else 2 * _BLOCK
+    return sum(2 * min(block, n - i) * (n - i) * width for i in range(0, n, block))
 
 
 def gram(x: Directions) -> Tensor:

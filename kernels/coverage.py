@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._common import Count, check_mask, check_tokens, resolve_backend, row_counts
+from ._common import Count, check_mask, check_tokens, operation, resolve_backend, row_counts
 
 _STRIP = 64
 _SMALL = 1 << 17
@@ -63,9 +63,8 @@ def coverage_select(
     return _coverage_select(visual, text, visual_weight, counts, width, mask, resolve_backend(backend, visual))
 
 
-@torch.library.custom_op(
-    "vlmprune::coverage_select",
-    mutates_args=(),
+@operation(
+    "coverage_select",
     schema=(
         "(Tensor visual, Tensor? text, float weight, Tensor counts, int width, Tensor? mask, str backend) -> Tensor"
     ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._common import Count, check_mask, check_tokens, resolve_backend, row_counts
+from ._common import Count, check_mask, check_tokens, operation, resolve_backend, row_counts
 
 
 def dpp_select(
@@ -56,9 +56,13 @@ def dpp_select(
     return _dpp_select(similarity, quality, counts, width, mask, eps, resolve_backend(backend, similarity))
 
 
-@torch.library.custom_op(
-    "vlmprune::dpp_select",
-    mutates_args=(),
+def dpp_flops(n: int, k: int) -> int:
+    """Products of `dpp_select` for one item, 2 FLOPs a multiply-add: each pick against the factor's rows so far."""
+    return n * k * (k - 1)
+
+
+@operation(
+    "dpp_select",
     schema=(
         "(Tensor similarity, Tensor? quality, Tensor counts, int width, Tensor? mask, float eps, str backend) -> Tensor"
     ),

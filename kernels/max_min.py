@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ._common import Count, Directions, check_tokens, directions, resolve_backend, row_counts
-from .cosine import cosine_reference, gram
+from ._common import Count, Directions, check_tokens, directions, operation, resolve_backend, row_counts
+from .cosine import cosine_reference, gram, gram_flops
 
 First = Literal["isolated", "eccentric"] | int | Tensor
 Objective = Literal["max_min", "max_sum"]
@@ -75,9 +75,18 @@ def max_min_select(
     )
 
 
-@torch.library.custom_op(
-    "vlmprune::max_min_select",
-    mutates_args=(),
+def max_min_flops(n: int, k: int, width: int) -> int:
+    """Products of `max_min_select` on the CPU for one item, 2 FLOPs a multiply-add; "eccentric" takes 4 `n width` more.
+
+    Its loop has none but where the cosines are too many to hold.
+    """
+    if 4 * n * n <= _GRAM_BYTES:
+        return gram_flops(n, width)
+    return 2 * n * width * (n + k)
+
+
+@operation(
+    "max_min_select",
     schema=(
         "(Tensor x, Tensor counts, int width, Tensor? mask, Tensor? first, bool eccentric, bool total, float eps, "
         "str backend) -> Tensor"

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ._common import Count, check_mask, check_tokens, resolve_backend, row_counts
+from ._common import Count, check_mask, check_tokens, operation, resolve_backend, row_counts
 from .cosine import pairwise_cosine
 
 Reduce = Literal["mean", "sum", "target_plus_mean"]
@@ -93,6 +93,11 @@ def bipartite_match(
         torch.where(paired, accepting.gather(1, partner.gather(1, rank)), -1),
         score.masked_fill_(~paired, -torch.inf),
     )
+
+
+def bipartite_flops(n: int, width: int) -> int:
+    """Products of `bipartite_match` for one item of `n` rows in its order, 2 FLOPs a multiply-add."""
+    return 2 * (n // 2) * (n - n // 2) * width
 
 
 def merge_plan(matching: Matching, n: int, width: int, *, mask: Tensor | None = None) -> MergePlan:
@@ -183,9 +188,8 @@ def merge_tokens(
     return _merge_tokens(x, keep, into, weight, reduce, resolve_backend(backend, x))
 
 
-@torch.library.custom_op(
-    "vlmprune::merge_tokens",
-    mutates_args=(),
+@operation(
+    "merge_tokens",
     schema="(Tensor x, Tensor keep, Tensor into, Tensor? weight, str reduce, str backend) -> (Tensor, Tensor)",
 )
 def _merge_tokens(

@@ -648,11 +648,14 @@ def test_selection_is_counted_where_the_method_declares_it():
     silent = estimate_flops(config, pruner=vlmprune.Uniform(keep=9), **arguments)
     divprune = estimate_flops(config, pruner=vlmprune.DivPrune(keep=9), **arguments)
     assert silent.selection == 0
-    assert divprune.selection == 4 * 36 * 37 * 64
+    assert divprune.selection == 4 * 2 * 36 * 36 * 64
     assert divprune.pruned == silent.pruned
     assert "selection" in str(divprune)
     assert "selection" not in str(silent)
+    assert estimate_flops(config, pruner=Half(keep=9), **arguments).selection is None
+    assert "selection not counted" in str(estimate_flops(config, pruner=Half(keep=9), **arguments))
     assert estimate_flops(config, pruner=vlmprune.DivPrune(keep=1.0), **arguments).selection == 0
+    assert estimate_flops(config, text_tokens=4, visual_tokens=36).selection == 0
 
 
 @pytest.mark.parametrize("family", ["llava-clip-llama", "qwen2.5-vl", "qwen3-vl", "internvl", "llava-next-video"])

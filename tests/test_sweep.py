@@ -333,6 +333,11 @@ def test_rows_say_what_the_model_did(done, digits):
     assert row["kv_bytes"]["ratio"] == pytest.approx(report.kv_bytes_pruned / report.kv_bytes_full, rel=0.02)
     assert row["changed"]
     assert row["logit_difference"] > 0.01
+    count, width = report.tokens_before, model.config.text_config.hidden_size
+    assert row["selection"]["flops"] == 2 * count * count * width  # one table of cosines
+    assert row["selection"]["ratio"] == pytest.approx(
+        2 * count * count * width / report.flops[0].language_model, rel=0.05
+    )
 
 
 def test_baselines_and_the_unpruned_model_are_always_in(done):

@@ -6,6 +6,8 @@ import math
 import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -31,6 +33,15 @@ Presets: TypeAlias = Mapping[str, Mapping[float, Mapping[str, Any]]]
 
 Positions: TypeAlias = Literal["original", "compact"]
 """Position ids after pruning: as in the unpruned prompt, or renumbered without gaps."""
+
+
+OBSERVER: ContextVar[AbstractContextManager[Any] | None] = ContextVar("observer", default=None)
+"""Who watches what choosing costs: entered by `choosing`."""
+
+
+def choosing() -> AbstractContextManager[Any]:
+    """Around everything that runs for a method alone: its choice, and the signals that it reads."""
+    return OBSERVER.get() or nullcontext()
 
 
 def check_keep(keep: Keep) -> Keep:
@@ -362,6 +373,62 @@ class Reduced:
     into: Tensor
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What an estimate knows of one item at one stage.
+
+    Attributes:
+        tokens: that reach the stage; of `originally` so many, `keep` are left behind it.
+        layer, depth: as in `VisualTokens`.
+        width: columns of `features` (D).
+        encoder_width: of "encoder_features" (C).
+        encoder_key, decoder_key: of one attention head in the tower and in the decoder (d), which has `decoder_heads`.
+        words: text tokens of the prompt, all of which are taken to stand behind the item and to be the question.
+        grids: patches of each of the item's pictures, before any merge; `prefix` rows (CLS) stand in front of them.
+        frames: of a video, 1 for an image.
+        encoder_depth: layers of the tower that make the features.
+        projection: FLOPs of projecting one row.
+        signals: names that answer the pruner's `needs`.
+    """
+
+    tokens: int
+    originally: int
+    keep: int
+    layer: int
+    depth: int
+    width: int
+    encoder_width: int
+    encoder_key: int
+    decoder_key: int
+    decoder_heads: int
+    words: int
+    grids: tuple[tuple[int, int], ...]
+    frames: int
+    prefix: int
+    encoder_depth: int
+    projection: int
+    signals: frozenset[str]
+
+    @property
+    def parts(self) -> list[int]:
+        """Of its tokens, how many are of each picture."""
+        patches = [rows * columns for rows, columns in self.grids]
+        return [round(self.tokens * each / sum(patches)) for each in patches]
+
+
+_OF_DECODER = frozenset(
+    {
+        *("last_attention", "text_attention", "all_attention", "visual_attention"),
+        *("transition", "transition_strict", "activation_overlap", "core_overlap"),
+    }
+)
+
+
+def of_decoder(need: str) -> bool:
+    """Whether the signals that an entry of `needs` names come from decoder layers."""
+    return any(name in _OF_DECODER or name.startswith("next_") for name in need.rstrip("?").split("|"))
+
+
 @dataclass(kw_only=True)
 class Pruner(ABC):
     """A method: chooses which visual tokens of each item stay. Its dataclass fields are its hyper-parameters.
@@ -487,6 +554,25 @@ class Pruner(ABC):
     def accumulate(self, depth: int) -> tuple[int, ...]:
         """Decoder layers, of `depth`, over which the signal "transition" is summed."""
         return ()
+
+    def reads(self, layer: int, depth: int) -> frozenset[str]:
+        """Entries of `needs` that it asks for at the stage before `layer`, of `depth`; for estimates of cost.
+
+        A method that chooses at the boundary and inside the decoder reads the decoder's signals inside and the others
+        at the boundary, unless it says otherwise.
+        """
+        stages = self.layers(depth)
+        if 0 not in stages or len(stages) == 1:
+            return self.needs
+        return frozenset(need for need in self.needs if of_decoder(need) == (layer > 0))
+
+    def selection_flops(self, sizes: Sizes) -> int | None:
+        """FLOPs of the matrix products in `select` (and `reduce`, `select_cache`) for one item at one stage.
+
+        On the CPU, multiply-adds twice, signals not counted; an upper bound where they depend on what is in the
+        picture. None: not declared, and estimates say so.
+        """
+        return None
 
     @abstractmethod
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:

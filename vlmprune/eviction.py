@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vlmprune.adapters import Adapter
 from vlmprune.cache import wrap_layers
-from vlmprune.contract import Geometry, Pruner, VisualTokens
+from vlmprune.contract import Geometry, Pruner, VisualTokens, choosing
 from vlmprune.course import Course
 from vlmprune.kernels import attention_scores
 from vlmprune.plan import ascending
@@ -64,7 +64,8 @@ class Eviction:
         row = torch.arange(len(hidden), device=hidden.device)
         cos, sin = (part.expand(len(hidden), -1, -1)[row, last][:, None] for part in rotary)
         module = self.adapter.decoder_layers[layer]
-        self._queries[layer], _ = self.adapter.queries_and_keys(module, hidden[row, last][:, None], (cos, sin))
+        with choosing():
+            self._queries[layer], _ = self.adapter.queries_and_keys(module, hidden[row, last][:, None], (cos, sin))
 
     def after_step(self, cache: Any, course: Course, live: Sequence[Live]) -> list[dict[int, Tensor]]:
         """Behind a forward pass: cut the cache if it is due. Per item and layer, which of its tokens are held."""
@@ -136,7 +137,9 @@ class Eviction:
             depth=len(self.adapter.decoder_layers),
             signal=signal,
         )
-        chosen = ascending(self.pruner.select_cache(tokens), tokens.counts, [None] * len(here))
+        with choosing():
+            selection = self.pruner.select_cache(tokens)
+        chosen = ascending(selection, tokens.counts, [None] * len(here))
         for i, numbers, choice in zip(here, index, chosen):
             item, place = self._items[i], places[i]
             keep[item.sample, place] = False

@@ -3,8 +3,8 @@
 One multiply-add is 2 FLOPs. Counted are the convolution and the matrix products of the vision tower, the projector,
 the decoder layers and the language-model head, as `torch.utils.flop_counter.FlopCounterMode` counts them: attention is
 the full queries x keys product, although a causal kernel may skip nearly half of it. Not counted are biases, norms,
-softmax, activations, rotary embeddings and embedding look-ups. The pruner's own selection is counted apart, where the
-method says what it costs. Papers count otherwise: `vlmprune.conventions`.
+softmax, activations, rotary embeddings and embedding look-ups. The pruner's own selection is counted apart:
+`vlmprune.selection_flops`. Papers count otherwise: `vlmprune.conventions`.
 
 Lengths are physical: a padded row costs as much as a full one. Every layer has its own length, because a pruner that
 acts inside the decoder leaves later layers shorter.
@@ -24,6 +24,7 @@ from typing import Any
 from vlmprune.contract import TARGETS, Pruner, budget, parse_target
 from vlmprune.conventions import COUNTER, find_convention
 from vlmprune.registry import create_pruner
+from vlmprune.selection_flops import cache_flops, selection_flops
 from vlmprune.vision_flops import FAMILIES, TOWERS, Grid, Rows, attention, feature_depth, linear, tower_rows
 
 Counts = float | Sequence[float]
@@ -86,9 +87,9 @@ class FlopsEstimate:
         decode_full, decode_pruned: FLOPs of the decode steps behind it: by default the first, else all `new_tokens`.
         kv_bytes_full, kv_bytes_pruned: bytes of the KV cache at the end of the prefill.
         kv_bytes_end_full, kv_bytes_end_pruned: bytes of it after those decode steps.
-        selection: FLOPs of the matrix products with which the pruner chooses, as it declares them in
-            `selection_flops`; 0 where it declares none. In no other figure; what selection takes in seconds is in the
-            report of a run.
+        selection: FLOPs of the matrix products that run for the pruner alone: signals that it reads, with all of the
+            text behind the images, and its choice, as on a CPU. None where the method does not declare its own. In no
+            other figure; `vlmprune.selection.counting_selection` counts those of a run.
     """
 
     tokens_full: float
@@ -101,7 +102,7 @@ class FlopsEstimate:
     kv_bytes_pruned: int
     kv_bytes_end_full: int
     kv_bytes_end_pruned: int
-    selection: int = 0
+    selection: int | None = 0
 
     @property
     def full(self) -> int:
@@ -129,7 +130,8 @@ class FlopsEstimate:
         return self.kv_bytes_pruned / self.kv_bytes_full
 
     def __str__(self) -> str:
-        selection = f", selection {format_flops(self.selection)}" if self.selection else ""
+        selection = "not counted" if self.selection is None else format_flops(self.selection)
+        selection = "" if self.selection == 0 else f", selection {selection}"
         return (
             f"prefill {format_flops(self.full)} -> {format_flops(self.pruned)} ({100 * self.ratio:.1f} %), decode step "
             f"{format_flops(self.decode_full.total)} -> {format_flops(self.decode_pruned.total)}, KV cache "
@@ -231,7 +233,8 @@ def estimate_flops(
 
     depth = config.text_config.num_hidden_layers
     full: list[float] = [text_tokens + sum(counts)] * depth
-    pruned, held, selection, left = list(full), list(full), 0, counts
+    pruned, held, left = list(full), list(full), counts
+    selection: int | None = 0
     pruned_from, rows = None, None
     if pruner is not None and counts:
         rows, inside = _encoder(pruner, config, images + frames, bool(frames), sum(counts))
@@ -240,7 +243,19 @@ def estimate_flops(
             reached = left
             left = [min(pair) for pair in zip(left, _left(pruner, counts, stage, depth, inside))]
             by_layer[stage:] = [left] * (depth - stage)
-            selection += batch * _selection_flops(pruner, reached, left, config.text_config.hidden_size)
+            choosing = selection_flops(
+                config,
+                pruner,
+                stage,
+                list(zip(counts, reached, left)),
+                heads=_heads(config.text_config),
+                text=math.ceil(text_tokens),
+                grids=images + frames,
+                video=bool(frames),
+                rows=rows,
+                encoded=stage != pruner.layers(depth)[0],
+            )
+            selection = None if selection is None or choosing is None else selection + batch * choosing
             if left != reached and pruned_from is None:
                 pruned_from = stage
         pruned = [text_tokens + sum(own) for own in by_layer]
@@ -249,6 +264,9 @@ def estimate_flops(
             cached = (pruner.cache_budget(count, now, layer, depth) for count, now in zip(counts, by_layer[layer]))
             by_layer[layer] = list(cached)
         held = [text_tokens + sum(own) for own in by_layer]
+        if selection is not None and cut:
+            lengths = [math.ceil(count) for count in pruned]
+            selection += batch * cache_flops(pruner, config, _heads(config.text_config), lengths, depth)
         pruned_from = min((each for each in (pruned_from, *cut) if each is not None), default=None)
     prefill_full, decode_full, kv_full, end_full = cost(full, full, None, None)
     prefill, decode, kv, end = cost(pruned, held, pruned_from, rows)
@@ -379,13 +397,6 @@ def _left(pruner: Pruner, counts: Sequence[int], stage: int, depth: int, inside:
             "read session.last.flops."
         )
     return [budget(count, pruner.keep) if left is None else left for count, left in zip(counts, budgets)]
-
-
-def _selection_flops(pruner: Pruner, reached: Sequence[int], left: Sequence[int], width: int) -> int:
-    declared = getattr(pruner, "selection_flops", None)
-    if declared is None:
-        return 0
-    return sum(int(declared(count, keep, width)) for count, keep in zip(reached, left) if 0 < keep < count)
 
 
 def prefill_flops(

@@ -24,7 +24,7 @@ from vlmprune.cache import (
     kv_bytes,
     unpruned_kv_bytes,
 )
-from vlmprune.contract import Geometry, Item, Pruner, VisualTokens
+from vlmprune.contract import Geometry, Item, Pruner, VisualTokens, choosing
 from vlmprune.course import Course, Step, padding_mask
 from vlmprune.eviction import Eviction
 from vlmprune.flops import solve_keep
@@ -400,7 +400,8 @@ class Session:
             wanted = [budgets[i] for i in group]
             most = torch.tensor([count if keep is None else keep for count, keep in zip(tokens.counts, wanted)])
             stop = _stopwatch(rows.device)
-            selection = methods[group[0]].select(tokens, most)
+            with choosing():
+                selection = methods[group[0]].select(tokens, most)
             for i, made in zip(group, ascending(selection, tokens.counts, wanted)):
                 whole = len(made.index) == counts[i] and made.features is None
                 kept[i] = None if whole else made

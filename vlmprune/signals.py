@@ -13,7 +13,7 @@ from torch.nn.functional import cosine_similarity
 from torch.nn.utils.rnn import pad_sequence
 
 from vlmprune.adapters import Adapter
-from vlmprune.contract import CORE, SIGNALS, Item
+from vlmprune.contract import CORE, SIGNALS, Item, choosing
 from vlmprune.course import Course
 from vlmprune.kernels import attention_scores
 
@@ -170,7 +170,8 @@ class Signals:
             active = (args[0] > 0).float()
             last = self._place(self.course, self._last_words(self.course))
             word = active[torch.arange(len(active), device=active.device), last]
-            self._overlaps["activation_overlap"] = (active @ word[..., None])[..., 0]
+            with choosing():
+                self._overlaps["activation_overlap"] = (active @ word[..., None])[..., 0]
 
     def read(self, need: str, live: Sequence[Live], everything: Sequence[Live], course: Course) -> Any:
         """A signal for the items `live`, out of `everything` in the sequence; None for a missing optional one."""

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from vlmprune.contract import Selection, VisualTokens
+from vlmprune.contract import Selection, Sizes, VisualTokens
 from vlmprune.kernels import merge_tokens, nearest_target
 from vlmprune.pruners._pictures import Pictures
 from vlmprune.pruners._top import top_indices
@@ -128,6 +128,14 @@ def encoder_stage(
     rows = torch.cat([rows.new_zeros(len(rows), top.shape[1], rows.shape[-1]), rows], dim=1)
     index, (rows, made) = pictures.collect(index, torch.cat(used, dim=1), rows, made)
     return Selection(index, torch.where(made[..., None], rows, _take(plain, index)), made)
+
+
+def encoder_stage_flops(sizes: Sizes, contextual: Callable[[int], int]) -> int:
+    """Products of `encoder_stage`: keys against targets, and the projection of what is new."""
+    pictures, cls = len(sizes.grids), "cls_features" in sizes.signals
+    late = contextual(-(-sizes.keep // pictures))
+    alike = 2 * max(sizes.parts) * late * sizes.encoder_key
+    return pictures * (alike + (late + cls) * sizes.projection)
 
 
 def decoder_stage(

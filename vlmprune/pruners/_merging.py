@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from vlmprune.contract import Keep, Patches, Pruner, Reduced, Selection, VisualTokens, budget
+from vlmprune.contract import Keep, Patches, Pruner, Reduced, Selection, Sizes, VisualTokens, budget
 from vlmprune.kernels import merge_plan, merge_tokens
 from vlmprune.kernels.merge import Matching
 
@@ -97,6 +97,22 @@ class Merging(Pruner):
         """Which pairs merge, `progress` (0 to 1) of the way through the tower."""
         raise NotImplementedError
 
+    def metric_flops(self, rows: int, sizes: Sizes) -> tuple[int, int]:
+        """Columns of `metric` inside the tower, and the products that make it of so many rows."""
+        raise NotImplementedError
+
+    def match_flops(self, rows: int, pairs: int, prefix: int, progress: float, width: int) -> int:
+        """Products of `match` on so many rows of so many columns."""
+        raise NotImplementedError
+
+    def _rounds_flops(self, rows: int, goal: int, prefix: int, progress: float, width: int) -> int:
+        total = 0
+        while rows > goal:
+            pairs = min(rows - goal, (rows - prefix) // 2)
+            total += self.match_flops(rows, pairs, prefix, progress, width)
+            rows -= pairs
+        return total
+
     def reduce(self, patches: Patches) -> Reduced | None:
         count = patches.grid[0] * patches.grid[1]
         goal = self.encoder_rows(count, patches.layer, patches.depth) + patches.prefix
@@ -111,6 +127,21 @@ class Merging(Pruner):
             patches.prefix,
             lambda metric, pairs: self.match(metric, pairs, patches.prefix, progress),
         )
+
+    def selection_flops(self, sizes: Sizes) -> int:
+        if self.where == "boundary":
+            return self._rounds_flops(sizes.tokens, sizes.keep, 0, 0.5, sizes.width)
+        total = 0
+        for down, across in sizes.grids:
+            rows = down * across + sizes.prefix
+            for layer in self.encoder_layers(sizes.encoder_depth):
+                goal = self.encoder_rows(down * across, layer, sizes.encoder_depth) + sizes.prefix
+                if goal < rows:
+                    progress = layer / sizes.encoder_depth
+                    width, made = self.metric_flops(rows, sizes)
+                    total += made + self._rounds_flops(rows, goal, sizes.prefix, progress, width)
+                    rows = goal
+        return total
 
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
         if self.where == "encoder":

@@ -104,6 +104,11 @@ def distances(x: Tensor, y: Tensor) -> Tensor:
     return torch.cdist(x.float(), y.float()) / x.shape[-1] ** 0.5
 
 
+def distance_flops(size: int, width: int) -> int:
+    """Products of `distances` among `size` rows: torch takes them from 26 rows on, with two further columns."""
+    return 2 * size**2 * (width + 2) if size > 25 else 0
+
+
 @torch.no_grad()
 def clusters(rows: Tensor, mask: Tensor, counts: Tensor, neighbours: int = 7) -> tuple[Tensor, Tensor]:
     """The `counts` [B] rows of best density-peak score as centres, and everybody's nearest centre.

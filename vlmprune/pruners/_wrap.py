@@ -65,5 +65,8 @@ class Wrapper(Pruner):
     def select_cache(self, tokens: VisualTokens) -> Selection:
         return self.pruner.select_cache(tokens)
 
+    def reads(self, layer: int, depth: int) -> frozenset[str]:
+        return self.pruner.reads(layer, depth)
+
     def accumulate(self, depth: int) -> tuple[int, ...]:
         return self.pruner.accumulate(depth)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vlmprune.contract import Geometry, Keep, Positions, Pruner, Selection, VisualTokens
+from vlmprune.contract import Geometry, Keep, Positions, Pruner, Selection, Sizes, VisualTokens
 from vlmprune.pruners._schedule import layer_average, stage_counts, stage_layers, stage_ratios
 from vlmprune.pruners._top import top_indices
 from vlmprune.pruners._weights import load_module, save_module
@@ -337,6 +337,9 @@ class ATPCalibrated(_Scored):
         if self.thresholds is None:
             return scheduled
         return [count if left == count else None for left, count in zip(scheduled, counts)]
+
+    def selection_flops(self, sizes: Sizes) -> int:
+        return 0
 
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
         _, _, redundancy, _, alive = self._scores(tokens)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-from vlmprune.contract import Keep, Positions, Presets, Pruner, Selection, VisualTokens
-from vlmprune.kernels import dpp_select, pairwise_cosine
+from vlmprune.contract import Keep, Positions, Presets, Pruner, Selection, Sizes, VisualTokens
+from vlmprune.kernels import dpp_flops, dpp_select, gram_flops, pairwise_cosine
 from vlmprune.pruners._places import fill_up, pictures, placed, remaining
 from vlmprune.pruners.scope import Given, PerFrame, PerTile, given_scores
 from vlmprune.registry import register_pruner
@@ -85,6 +85,10 @@ class CDPruner(Pruner):
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         return frozenset() if self.relevance is not None else frozenset({"instruction", "instruction_mask"})
+
+    def selection_flops(self, sizes: Sizes) -> int | None:
+        question = 0 if self.relevance is not None else 2 * sizes.tokens * sizes.width
+        return question + gram_flops(sizes.tokens, sizes.width) + dpp_flops(sizes.tokens, sizes.keep)
 
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
         mask = placed(tokens)

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vlmprune.contract import Patches, Positions, Pruner, Reduced, Selection, VisualTokens
+from vlmprune.contract import Patches, Positions, Pruner, Reduced, Selection, Sizes, VisualTokens
 
 
 @dataclass(init=False)
@@ -93,6 +93,12 @@ class Compose(Pruner):
 
     def accumulate(self, depth: int) -> tuple[int, ...]:
         return tuple(sorted({layer for pruner in self.pruners for layer in pruner.accumulate(depth)}))
+
+    def reads(self, layer: int, depth: int) -> frozenset[str]:
+        return self._owner(layer, depth).reads(layer, depth)
+
+    def selection_flops(self, sizes: Sizes) -> int:
+        return self._owner(sizes.layer, sizes.depth).selection_flops(sizes)
 
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
         return self._owner(tokens.layer, tokens.depth).select(tokens, budget)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from vlmprune.contract import Keep, Positions, Selection, VisualTokens
+from vlmprune.contract import Keep, Positions, Selection, Sizes, VisualTokens
 from vlmprune.pruners._schedule import StagedPruner, truncate
 from vlmprune.pruners._top import top_indices
 from vlmprune.registry import register_pruner
@@ -69,6 +69,9 @@ class CoreMatching(StagedPruner):
         whole = isinstance(self.keep, numbers.Integral)
         pruned = self._stage(layer, depth) > 0 and self.keep != 1.0
         return [None if pruned and not (whole and self.keep >= count) else count for count in counts]
+
+    def selection_flops(self, sizes: Sizes) -> int:
+        return 0
 
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
         score = tokens.signal(self._overlap).masked_fill(~tokens.valid, -1)

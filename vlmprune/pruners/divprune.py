@@ -5,8 +5,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from vlmprune.contract import Keep, Positions, Presets, Pruner, Selection, VisualTokens
-from vlmprune.kernels import max_min_select
+from vlmprune.contract import Keep, Positions, Presets, Pruner, Selection, Sizes, VisualTokens
+from vlmprune.kernels import max_min_flops, max_min_select
 from vlmprune.registry import register_pruner
 
 
@@ -53,9 +53,6 @@ class DivPrune(Pruner):
         rows = tokens.features if self.features == "projected" else tokens.signal("encoder_features")
         return Selection(max_min_select(rows, budget, mask=tokens.valid))
 
-    def selection_flops(self, count: int, keep: int, width: int) -> int:
-        """FLOPs of choosing `keep` of an item's `count` tokens: half of the symmetric table of cosines.
-
-        The steps of the loop are sums and maxima, which no FLOPs figure here counts.
-        """
-        return count * (count + 1) * width
+    def selection_flops(self, sizes: Sizes) -> int:
+        width = sizes.width if self.features == "projected" else sizes.encoder_width
+        return max_min_flops(sizes.tokens, sizes.keep, width)

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlmprune.contract import Geometry, Keep, Selection, VisualTokens
+from vlmprune.contract import Geometry, Keep, Selection, Sizes, VisualTokens
 from vlmprune.pruners._top import top_indices
 from vlmprune.pruners._video import FrameMethod, cosine, first_true, spread
 from vlmprune.registry import register_pruner
@@ -61,6 +61,9 @@ class DyCoke(FrameMethod):
 
     def cache_budget(self, count: int, left: int, layer: int, depth: int) -> int:
         return max(1, int(left * (1 - self.drop) + 1e-6)) if left and layer in self.cache_layers(depth) else left
+
+    def selection_flops(self, sizes: Sizes) -> int:
+        return 0
 
     def select_cache(self, tokens: VisualTokens) -> Selection:
         counts = torch.tensor([self.cache_budget(count, count, tokens.layer, tokens.depth) for count in tokens.counts])

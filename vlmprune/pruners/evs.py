@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlmprune.contract import Geometry, Keep
+from vlmprune.contract import Geometry, Keep, Sizes
 from vlmprune.pruners._video import FrameMethod, cosine, spread
 from vlmprune.registry import register_pruner
 
@@ -29,6 +29,9 @@ class EVS(FrameMethod):
 
     name: ClassVar[str] = "evs"
     paper: ClassVar[str] = "arXiv 2510.14624"
+
+    def selection_flops(self, sizes: Sizes) -> int:
+        return 0
 
     def of_image(self, geometry: Geometry, frames: Tensor, keep: int) -> tuple[Tensor, Tensor | None]:
         return spread(geometry, keep, frames.device)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlmprune.contract import Keep, Positions, Pruner, Selection, VisualTokens
+from vlmprune.contract import Keep, Positions, Pruner, Selection, Sizes, VisualTokens
 from vlmprune.pruners._top import top_indices
 from vlmprune.pruners._weights import load_module, save_module
 from vlmprune.registry import register_pruner
@@ -142,6 +142,9 @@ class FirstLayerAttention(_FirstLayer):
         if isinstance(self.smooth, bool) or not isinstance(self.smooth, int) or self.smooth < 1 or self.smooth % 2 == 0:
             raise ValueError(f"smooth must be an odd number of tokens, got {self.smooth!r}")
 
+    def selection_flops(self, sizes: Sizes) -> int:
+        return 0
+
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
         scores = self._attention(tokens).float()
         if self.smooth > 1:
@@ -185,6 +188,9 @@ class Explain(_FirstLayer):
                 "first_layer_attention"
             )
         self._mapper = Mapper.load(self.weights)
+
+    def selection_flops(self, sizes: Sizes) -> int:
+        return 2 * sizes.tokens * sum(weight.numel() for weight in self._mapper.parameters() if weight.dim() > 1)
 
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
         attention = self._attention(tokens).float()

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from vlmprune.contract import Keep, Positions, Presets, Pruner, Selection, VisualTokens
+from vlmprune.contract import Keep, Positions, Presets, Pruner, Selection, Sizes, VisualTokens
 from vlmprune.pruners._top import top_indices
 from vlmprune.registry import register_pruner
 
@@ -77,6 +77,9 @@ class FastV(Pruner):
                 f"which alone averages {self.layer / depth:.3g}; use a larger keep or a smaller layer"
             )
         return round(left)
+
+    def selection_flops(self, sizes: Sizes) -> int:
+        return 0
 
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
         return Selection(top_indices(tokens.signal(f"{self.query}_attention").masked_fill(~tokens.valid, -1), budget))

@@ -7,8 +7,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlmprune.contract import Keep, Presets
-from vlmprune.pruners._segments import ATTENTION, BLOCK, density, filled, means, scenes, top_of_each, total_of
+from vlmprune.contract import Keep, Presets, Sizes
+from vlmprune.pruners._segments import (
+    ATTENTION,
+    BLOCK,
+    density,
+    distance_flops,
+    filled,
+    means,
+    scenes,
+    top_of_each,
+    total_of,
+)
 from vlmprune.pruners._video import FrameMethod, first_true
 from vlmprune.registry import register_pruner
 
@@ -62,6 +72,12 @@ class FastVID(FrameMethod):
             )
         if not (0 <= self.merged <= 1 and 0 <= self.beta <= 1):
             raise ValueError(f"fastvid needs merged and beta in [0, 1], got {self.merged!r} and {self.beta!r}")
+
+    def selection_flops(self, sizes: Sizes) -> int:
+        size = sizes.tokens // sizes.frames
+        late = int(sizes.keep // sizes.frames * self.merged + 1e-6)
+        passes = -(-sizes.frames // self.every)  # of the longest scene there can be
+        return sizes.frames * (distance_flops(size, sizes.width) + passes * 2 * size**2 * sizes.width) if late else 0
 
     def choose(self, frames: Tensor, keep: int, part: Callable[[str], Tensor]) -> tuple[Tensor, Tensor | None]:
         attention = part(ATTENTION)

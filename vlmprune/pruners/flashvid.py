@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vlmprune.contract import Keep, Presets, Selection, VisualTokens
+from vlmprune.contract import Keep, Presets, Selection, Sizes, VisualTokens
 from vlmprune.pruners._schedule import outer_and_inner, stage_layers
-from vlmprune.pruners._segments import ATTENTION, BLOCK, apportion, clusters, means, scenes, total_of
+from vlmprune.pruners._segments import ATTENTION, BLOCK, apportion, clusters, distance_flops, means, scenes, total_of
 from vlmprune.pruners._top import top_indices
 from vlmprune.pruners._video import FrameMethod, first_true
 from vlmprune.registry import register_pruner
@@ -85,6 +85,14 @@ class FlashVID(FrameMethod):
     def budget(self, counts: Sequence[int], layer: int = 0, depth: int = 28) -> list[int]:
         cut = self.layers(depth)[-1]
         return [outer_and_inner(count, self.keep, cut, self.inner, depth)[layer > 0] for count in counts]
+
+    def selection_flops(self, sizes: Sizes) -> int:
+        if sizes.layer:
+            return 0
+        size = sizes.tokens // sizes.frames
+        alike = 2 * size**2 * sizes.width
+        eventful = 2 * sizes.tokens * sizes.width * self.events
+        return eventful + (2 * sizes.frames - 1) * alike + 2 * sizes.frames * distance_flops(size, sizes.width)
 
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
         if tokens.layer:

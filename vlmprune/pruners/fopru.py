@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from vlmprune.contract import Geometry, Keep, Positions, Pruner, Selection, VisualTokens
+from vlmprune.contract import Geometry, Keep, Positions, Pruner, Selection, Sizes, VisualTokens
 from vlmprune.pruners._pictures import Pictures, picture_of
 from vlmprune.pruners._schedule import truncate
 from vlmprune.pruners._top import top_indices
@@ -75,6 +75,12 @@ class FoPru(Pruner):
         """Of `parts` equal parts of an item of `count` tokens, how many stay: rounded down, at least one."""
         ratio = self.keep / count if isinstance(self.keep, numbers.Integral) else self.keep
         return max(1, min(parts, truncate(parts * ratio)))
+
+    def selection_flops(self, sizes: Sizes) -> int:
+        if self.mode == "rank":
+            return 0
+        rows = [round(grid[0] * (n / (grid[0] * grid[1])) ** 0.5) for grid, n in zip(sizes.grids, sizes.parts)]
+        return 2 * len(rows) * max(rows) * max(sizes.parts)
 
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
         pictures = Pictures(tokens, budget)

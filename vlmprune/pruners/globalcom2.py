@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, interpolate
 from torch.nn.utils.rnn import pad_sequence
 
-from vlmprune.contract import Geometry, Keep, Positions, Presets, Pruner, Selection, VisualTokens
+from vlmprune.contract import Geometry, Keep, Positions, Presets, Pruner, Selection, Sizes, VisualTokens
 from vlmprune.pruners._pictures import picture_of
 from vlmprune.pruners._schedule import truncate
 from vlmprune.registry import register_pruner
@@ -91,6 +91,13 @@ class GlobalCom2(Pruner):
         if self.exact_budget:
             return exact
         return [kept if kept == count else None for kept, count in zip(exact, counts)]
+
+    def selection_flops(self, sizes: Sizes) -> int:
+        if sizes.signals & {"cls_logits_last", "cls_attention_last"}:
+            return 0
+        return (
+            2 * (len(sizes.grids) + 2) * sizes.tokens * sizes.encoder_width
+        )  # means of pictures; a thumbnail makes one less
 
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
         scores = tokens.signal(_SCORES[self.score]) if _SCORES[self.score] else None

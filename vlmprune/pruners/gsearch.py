@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor
 
-from vlmprune.contract import Keep, Positions, Pruner, Selection, VisualTokens
+from vlmprune.contract import Keep, Positions, Pruner, Selection, Sizes, VisualTokens
 from vlmprune.pruners._schedule import stage_counts, truncate
 from vlmprune.pruners._top import top_indices
 from vlmprune.registry import register_pruner
@@ -94,6 +94,9 @@ class _PerLayer(Pruner):
 
     def _least(self, count: int, left: int) -> int:
         return left if self.allow_zero else max(left, min(1, count))
+
+    def selection_flops(self, sizes: Sizes) -> int:
+        return 0
 
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
         score = tokens.signal(f"{self.query}_attention")

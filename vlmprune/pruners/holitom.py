@@ -7,12 +7,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlmprune.contract import Keep, Presets, Selection, VisualTokens
+from vlmprune.contract import Keep, Presets, Selection, Sizes, VisualTokens
 from vlmprune.pruners._schedule import outer_and_inner, stage_layers
-from vlmprune.pruners._segments import ATTENTION, apportion, clusters, filled, means, top_of_each
+from vlmprune.pruners._segments import ATTENTION, apportion, clusters, distance_flops, filled, means, top_of_each
 from vlmprune.pruners._top import top_indices
 from vlmprune.pruners._video import FrameMethod, cosine, first_true
-from vlmprune.pruners.merge import fold
+from vlmprune.pruners.merge import fold, fold_flops
 from vlmprune.registry import register_pruner
 
 LONGEST = 1024  # frames of a window
@@ -78,6 +78,11 @@ class HoliTom(FrameMethod):
     def budget(self, counts: Sequence[int], layer: int = 0, depth: int = 28) -> list[int]:
         cut = self.layers(depth)[-1]
         return [outer_and_inner(count, self.keep, cut, self.inner, depth)[layer > 0] for count in counts]
+
+    def selection_flops(self, sizes: Sizes) -> int:
+        if sizes.layer:
+            return fold_flops(sizes)
+        return 2 * sizes.frames * distance_flops(sizes.tokens // sizes.frames, sizes.width)
 
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
         if tokens.layer:

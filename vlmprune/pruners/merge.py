@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vlmprune.contract import Keep, Positions, Pruner, Selection, VisualTokens
+from vlmprune.contract import Keep, Positions, Pruner, Selection, Sizes, VisualTokens
 from vlmprune.kernels import merge_tokens, nearest_target
 from vlmprune.pruners._places import placed
 from vlmprune.pruners._wrap import Wrapper
@@ -36,11 +36,20 @@ class Merge(Wrapper):
         if "encoder_kept" in pruner.needs:
             raise ValueError(_BY_ITSELF.format(pruner.name))
 
+    def selection_flops(self, sizes: Sizes) -> int | None:
+        inner = self.pruner.selection_flops(sizes)
+        return None if inner is None else inner + fold_flops(sizes)
+
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
         choice = self.pruner.select(tokens, budget)
         if choice.features is not None:
             raise ValueError(_BY_ITSELF.format(self.pruner.name))
         return fold(tokens, choice.index)
+
+
+def fold_flops(sizes: Sizes) -> int:
+    """Products of `fold`: everybody's cosine to the kept tokens."""
+    return 2 * sizes.tokens * sizes.keep * sizes.width
 
 
 def fold(tokens: VisualTokens, index: Tensor) -> Selection:

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vlmprune.contract import Keep, Positions, Presets, Pruner, Selection, VisualTokens
-from vlmprune.kernels import coverage_select, pairwise_cosine
+from vlmprune.contract import Keep, Positions, Presets, Pruner, Selection, Sizes, VisualTokens
+from vlmprune.kernels import coverage_select, gram_flops, pairwise_cosine
 from vlmprune.pruners._places import fill_up, placed
 from vlmprune.pruners.scope import PerTile
 from vlmprune.registry import register_pruner
@@ -96,6 +96,10 @@ class MMTok(Pruner):
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         words = () if self.text is not None else ("instruction", "instruction_mask")
         return frozenset({"encoder_features", *words})
+
+    def selection_flops(self, sizes: Sizes) -> int | None:
+        words = sizes.words if self.text is None else len(self.text)
+        return 2 * words * sizes.tokens * sizes.width + gram_flops(sizes.tokens, sizes.encoder_width)
 
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
         if self.text is None:

@@ -9,7 +9,18 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vlmprune.contract import Keep, Patches, Positions, Presets, Reduced, Selection, VisualTokens, budget, check_keep
+from vlmprune.contract import (
+    Keep,
+    Patches,
+    Positions,
+    Presets,
+    Reduced,
+    Selection,
+    Sizes,
+    VisualTokens,
+    budget,
+    check_keep,
+)
 from vlmprune.kernels import merge_tokens
 from vlmprune.pruners._merging import representatives
 from vlmprune.pruners._schedule import StagedPruner
@@ -159,6 +170,9 @@ class MustDrop(StagedPruner):
     def cache_budget(self, count: int, left: int, layer: int, depth: int) -> int:
         last = self.budget([count], self.decoder_stages(depth)[-1], depth)[0]
         return left if last is None or layer not in self.cache_layers(depth) else min(left, last)
+
+    def selection_flops(self, sizes: Sizes) -> int:
+        return 0
 
     def select_cache(self, tokens: VisualTokens) -> Selection:
         alive = tokens.signal("cache_alive") & tokens.valid

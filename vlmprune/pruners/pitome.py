@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlmprune.contract import Patches, Presets
-from vlmprune.kernels import bipartite_match, pairwise_cosine
+from vlmprune.contract import Patches, Presets, Sizes
+from vlmprune.kernels import bipartite_flops, bipartite_match, pairwise_cosine
 from vlmprune.kernels.merge import Matching
 from vlmprune.pruners._merging import OTHERWISE, Merging
 from vlmprune.pruners.tome import soft_match
@@ -51,6 +51,14 @@ class PiToMe(Merging):
         energy = cluster_energy(metric[:, prefix:], self.margin * (1 - progress), self.alpha)
         order = energy.sort(dim=1, descending=True, stable=True).indices[:, : 2 * pairs] + prefix
         return bipartite_match(metric, pairs, order=order)
+
+    def metric_flops(self, rows: int, sizes: Sizes) -> tuple[int, int]:
+        return sizes.encoder_width, 0
+
+    def match_flops(self, rows: int, pairs: int, prefix: int, progress: float, width: int) -> int:
+        if progress < 0.5:
+            return bipartite_flops(rows, width)
+        return 2 * (rows - prefix) ** 2 * width + bipartite_flops(2 * pairs, width)
 
 
 BLOCK = 2**22  # entries of a table of similarities

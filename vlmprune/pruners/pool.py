@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from vlmprune.contract import Pruner, Selection, VisualTokens
+from vlmprune.contract import Pruner, Selection, Sizes, VisualTokens
 from vlmprune.pruners._grid import cell_of, centres
 from vlmprune.registry import register_pruner
 
@@ -22,6 +22,9 @@ class Pool(Pruner):
 
     name: ClassVar[str] = "pool"
     paper: ClassVar[str] = "baseline"
+
+    def selection_flops(self, sizes: Sizes) -> int:
+        return 0
 
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
         keeps = budget.tolist()

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vlmprune.contract import Keep, Positions, Presets, Selection, VisualTokens
+from vlmprune.contract import Keep, Positions, Presets, Selection, Sizes, VisualTokens
 from vlmprune.pruners._schedule import StagedPruner
 from vlmprune.pruners._top import top_indices
 from vlmprune.registry import register_pruner
@@ -39,6 +39,9 @@ class PyramidDrop(StagedPruner):
     needs: ClassVar[frozenset[str]] = frozenset({"next_last_attention"})
     query_aware: ClassVar[bool] = True
     presets: ClassVar[Presets] = {"llava-1.5": {270: {}}, "llava-next": {0.46875: {}}}
+
+    def selection_flops(self, sizes: Sizes) -> int:
+        return 0
 
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
         return Selection(top_indices(tokens.signal("next_last_attention").masked_fill(~tokens.valid, -1), budget))

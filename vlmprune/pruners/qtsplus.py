@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlmprune.contract import Keep, Positions, Pruner, Selection, VisualTokens
+from vlmprune.contract import Keep, Positions, Pruner, Selection, Sizes, VisualTokens
 from vlmprune.pruners._top import top_indices
 from vlmprune.pruners._weights import check_width, load_module, load_part, save_module
 from vlmprune.registry import register_pruner
@@ -392,16 +392,17 @@ class QTSplus(_Counted):
             self._placed = (features.device, features.dtype, made)
         return self._placed[2]
 
-    def selection_flops(self, count: int, keep: int, width: int) -> int:
-        """FLOPs of projecting an item's `count` tokens for the scorer and of rewriting `keep` of them.
-
-        Without what grows with the question's length.
-        """
-        narrow = width // self._selector.heads * self._selector.kv_heads
-        scored = 2 * len(self._selector.scoring_layers) - 1  # keys, and values of all but the last
-        rewritten = len(self._selector.reencode_layers) * self.reencode
-        layer = 2 * keep * width * (10 * width + 2 * narrow) + 4 * keep * keep * width
-        return scored * 2 * count * width * narrow + rewritten * layer
+    def selection_flops(self, sizes: Sizes) -> int:
+        selector, width, words, n = self._selector, sizes.width, sizes.words, sizes.tokens
+        narrow = width // selector.heads * selector.kv_heads
+        score = 2 * width * (words * width + n * narrow + words * n)
+        # Before the last one: values, the sum over them, the output projection and the FFN as well.
+        more = 2 * width * (n * narrow + words * n + 9 * words * width)
+        share = 2 * HIDDEN * (width + 4) if self.keep is None else 0
+        layers, kept = len(selector.reencode_layers) * self.reencode, sizes.keep
+        layer = 2 * kept * width * (10 * width + 2 * narrow) + 4 * kept * kept * width
+        blocks = len(selector.scoring_layers) - 1
+        return blocks * (score + more) + score + share + layers * layer
 
 
 @register_pruner
@@ -422,6 +423,9 @@ class QTSplusTrainingFree(_Counted):
     paper: ClassVar[str] = "after arXiv 2511.11910, without its training"
     needs: ClassVar[frozenset[str]] = frozenset({"instruction_queries", "instruction_keys", "instruction_mask"})
     query_aware: ClassVar[bool] = True
+
+    def selection_flops(self, sizes: Sizes) -> int:
+        return 2 * sizes.words * sizes.tokens * sizes.decoder_heads * sizes.decoder_key
 
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
         queries, keys = tokens.signal("instruction_queries"), tokens.signal("instruction_keys")

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlmprune.contract import Pruner, Selection, VisualTokens
+from vlmprune.contract import Pruner, Selection, Sizes, VisualTokens
 from vlmprune.registry import register_pruner
 
 
@@ -23,6 +23,9 @@ class Random(Pruner):
 
     name: ClassVar[str] = "random"
     paper: ClassVar[str] = "baseline"
+
+    def selection_flops(self, sizes: Sizes) -> int:
+        return 0
 
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
         picks = [

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from vlmprune.contract import Geometry, Selection, VisualTokens
+from vlmprune.contract import Geometry, Selection, Sizes, VisualTokens
 from vlmprune.pruners._grid import shares
 from vlmprune.pruners._places import pictures
 from vlmprune.pruners._wrap import Wrapper
@@ -39,6 +39,14 @@ class _Scope(Wrapper):
         if self.pruner.cache_layers(depth):
             raise ValueError(f"{self.pruner.name} cuts the KV cache, which knows no tiles: use it without {self.name}")
         return ()
+
+    def selection_flops(self, sizes: Sizes) -> int | None:
+        parts = [
+            replace(sizes, tokens=tokens, keep=round(sizes.keep * tokens / sizes.tokens), grids=(grid,), frames=1)
+            for tokens, grid in zip(sizes.parts, sizes.grids)
+        ]
+        inner = [self.pruner.selection_flops(part) for part in parts if part.keep < part.tokens]
+        return None if None in inner else sum(each for each in inner if each is not None)
 
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
         parts = list(self._divide(tokens, budget))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from vlmprune.contract import Keep, Positions, Presets, Pruner, Selection, VisualTokens
+from vlmprune.contract import Keep, Positions, Presets, Pruner, Selection, Sizes, VisualTokens
 from vlmprune.kernels import merge_tokens
 from vlmprune.pruners._schedule import (
     StagedPruner,
@@ -109,6 +109,12 @@ class SparseVLM(StagedPruner):
         layers, ratios = self.layers(depth), stage_ratios(self.layer_list, self.ratios, depth, self.model_depth)
         stage = self._stage(layer, depth)
         return [(count, *_schedule(count, self.keep, layers, ratios, depth, self.recycle))[stage] for count in counts]
+
+    def selection_flops(self, sizes: Sizes) -> int:
+        raters = 2 * sizes.originally * sizes.words * sizes.width
+        kept, clusters = split(sizes.tokens, sizes.keep) if self.recycle else (sizes.keep, 0)
+        pool = recycled(sizes.tokens - kept) if clusters else 0
+        return raters + 4 * 2 * pool**2 * sizes.width  # distances are taken four times
 
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
         attention = tokens.signal("text_attention")

@@ -9,8 +9,8 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from vlmprune.contract import Keep, Positions, Presets, Pruner, Selection, VisualTokens
-from vlmprune.kernels import max_min_select
+from vlmprune.contract import Keep, Positions, Presets, Pruner, Selection, Sizes, VisualTokens
+from vlmprune.kernels import max_min_flops, max_min_select
 from vlmprune.pruners._places import fill_up, overview, placed, remaining
 from vlmprune.registry import register_pruner
 
@@ -79,6 +79,12 @@ class ToDRE(Pruner):
         if isinstance(self.keep, numbers.Integral):
             return min(int(self.keep), count)
         return min(count, max(1, math.floor(self.keep * count + 1e-6)))
+
+    def selection_flops(self, sizes: Sizes) -> int:
+        if sizes.layer:
+            return 0
+        first = 0 if any(name in _PIVOT for name in sizes.signals) else 4 * sizes.tokens * sizes.width
+        return first + max_min_flops(sizes.tokens, sizes.keep, sizes.width)
 
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
         if tokens.layer:

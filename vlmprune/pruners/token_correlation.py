@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from vlmprune.contract import Keep, Pruner, Selection, VisualTokens, budget
+from vlmprune.contract import Keep, Pruner, Selection, Sizes, VisualTokens, budget
 from vlmprune.kernels import pairwise_cosine
 from vlmprune.pruners._pictures import Pictures
 from vlmprune.pruners._places import overview
@@ -68,6 +68,9 @@ class TokenCorrelation(Pruner):
     def budget(self, counts: Sequence[int], layer: int = 0, depth: int = 1) -> Sequence[int | None]:
         limits = [budget(count, self.keep) for count in counts]
         return [None if 0 < limit < count else limit for limit, count in zip(limits, counts)]
+
+    def selection_flops(self, sizes: Sizes) -> int:
+        return sum(2 * tokens**2 * sizes.encoder_key for tokens in sizes.parts)
 
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
         limits = torch.tensor([self._limit(count) for count in tokens.counts])

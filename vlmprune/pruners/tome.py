@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlmprune.contract import Patches
-from vlmprune.kernels import bipartite_match
+from vlmprune.contract import Patches, Sizes
+from vlmprune.kernels import bipartite_flops, bipartite_match
 from vlmprune.kernels.merge import Matching
 from vlmprune.pruners._merging import OTHERWISE, Merging
 from vlmprune.registry import register_pruner
@@ -43,6 +43,12 @@ class ToMe(Merging):
 
     def match(self, metric: Tensor, pairs: int, prefix: int, progress: float) -> Matching:
         return soft_match(metric, pairs, prefix)
+
+    def metric_flops(self, rows: int, sizes: Sizes) -> tuple[int, int]:
+        return sizes.encoder_key, 4 * rows * sizes.encoder_width**2
+
+    def match_flops(self, rows: int, pairs: int, prefix: int, progress: float, width: int) -> int:
+        return bipartite_flops(rows, width)
 
 
 def soft_match(metric: Tensor, pairs: int, prefix: int) -> Matching:

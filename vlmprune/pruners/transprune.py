@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vlmprune.contract import Keep, Positions, Presets, Selection, VisualTokens
+from vlmprune.contract import Keep, Positions, Presets, Selection, Sizes, VisualTokens
 from vlmprune.pruners._schedule import StagedPruner
 from vlmprune.pruners._top import top_indices
 from vlmprune.registry import register_pruner
@@ -69,6 +69,9 @@ class TransPrune(StagedPruner):
     def accumulate(self, depth: int) -> tuple[int, ...]:
         layers = self.layers(depth)
         return tuple(range(layers[0] - 1, layers[-1])) if layers else ()
+
+    def selection_flops(self, sizes: Sizes) -> int:
+        return 0
 
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
         transition, attention = tokens.signal(self._transition), tokens.signal("next_text_attention")

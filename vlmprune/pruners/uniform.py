@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlmprune.contract import Pruner, Selection, VisualTokens
+from vlmprune.contract import Pruner, Selection, Sizes, VisualTokens
 from vlmprune.pruners._grid import cell_of, centres
 from vlmprune.registry import register_pruner
 
@@ -18,6 +18,9 @@ class Uniform(Pruner):
 
     name: ClassVar[str] = "uniform"
     paper: ClassVar[str] = "baseline"
+
+    def selection_flops(self, sizes: Sizes) -> int:
+        return 0
 
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
         picks = [

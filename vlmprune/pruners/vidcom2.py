@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlmprune.contract import Keep
+from vlmprune.contract import Keep, Sizes
 from vlmprune.pruners._video import FrameMethod, first_true
 from vlmprune.registry import register_pruner
 
@@ -28,6 +28,9 @@ class VidCom2(FrameMethod):
 
     name: ClassVar[str] = "vidcom2"
     paper: ClassVar[str] = "arXiv 2505.14454"
+
+    def selection_flops(self, sizes: Sizes) -> int:
+        return 0
 
     def choose(self, frames: Tensor, keep: int, part: Callable[[str], Tensor]) -> tuple[Tensor, Tensor | None]:
         video, frame = likeness(frames)

@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
-from vlmprune.contract import Keep, Positions, Presets, Pruner, Selection, VisualTokens
+from vlmprune.contract import Keep, Positions, Presets, Pruner, Selection, Sizes, VisualTokens
 from vlmprune.pruners._contextual import (
     Merge,
     Query,
@@ -17,6 +17,7 @@ from vlmprune.pruners._contextual import (
     decoder_stage,
     encoder_needs,
     encoder_stage,
+    encoder_stage_flops,
 )
 from vlmprune.pruners._schedule import nearest_power, stage_layers
 from vlmprune.registry import register_pruner
@@ -122,6 +123,12 @@ class VisionDrop(Pruner):
         before = (count, *sizes[:-1])
         late = [self._contextual(kept, at) if kept < came else 0 for at, kept, came in zip(layers, sizes, before)]
         return [Stage(layer, kept - merged, merged) for layer, kept, merged in zip(layers, sizes, late)]
+
+    def selection_flops(self, sizes: Sizes) -> int:
+        share = functools.partial(self._contextual, layer=sizes.layer)
+        if sizes.layer == 0:
+            return encoder_stage_flops(sizes, share)
+        return 2 * sizes.tokens * share(sizes.keep) * sizes.decoder_key
 
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
         share = functools.partial(self._contextual, layer=tokens.layer)

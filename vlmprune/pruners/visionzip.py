@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vlmprune.contract import Keep, Positions, Presets, Pruner, Selection, VisualTokens
+from vlmprune.contract import Keep, Positions, Presets, Pruner, Selection, Sizes, VisualTokens
 from vlmprune.pruners._contextual import (
     Merge,
     Query,
@@ -13,6 +13,7 @@ from vlmprune.pruners._contextual import (
     contextual_count,
     encoder_needs,
     encoder_stage,
+    encoder_stage_flops,
 )
 from vlmprune.registry import register_pruner
 
@@ -67,6 +68,9 @@ class VisionZip(Pruner):
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         return encoder_needs(self.query, self.keep_cls)
+
+    def selection_flops(self, sizes: Sizes) -> int:
+        return encoder_stage_flops(sizes, self._contextual)
 
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
         return encoder_stage(

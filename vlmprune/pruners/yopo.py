@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlmprune.contract import Keep, Positions, Pruner, Selection, VisualTokens
+from vlmprune.contract import Keep, Positions, Pruner, Selection, Sizes, VisualTokens
 from vlmprune.registry import register_pruner
 
 
@@ -44,6 +44,9 @@ class YOPO(Pruner):
 
     def budget(self, counts: Sequence[int], layer: int = 0, depth: int = 32) -> list[int]:
         return [count if self.keep == 1 else 0 for count in counts]
+
+    def selection_flops(self, sizes: Sizes) -> int:
+        return 0
 
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
         return Selection(torch.empty(len(tokens.counts), 0, dtype=torch.int64, device=tokens.features.device))

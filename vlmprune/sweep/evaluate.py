@@ -16,6 +16,7 @@ from transformers.utils import logging
 from vlmprune.ask import Chat
 from vlmprune.overlay import cells, save_image, seen_pictures
 from vlmprune.report import ItemReport, PruneReport
+from vlmprune.selection import counting_selection
 from vlmprune.session import prune
 from vlmprune.sweep.batches import Batch, Batches
 from vlmprune.sweep.data import Sample
@@ -57,6 +58,7 @@ class Evaluator:
             "sums": {},
             "changed": [],
             "logit_difference": None,
+            "selection": None,
             "kept": [],
         }
         places = self.batches.groups[number]
@@ -67,7 +69,7 @@ class Evaluator:
             if not places:
                 return record
             if number == 0 and setting.method != UNPRUNED:
-                record["logit_difference"] = self._logit_difference(setting, batch)
+                self._look_closer(setting, batch, record)
             self._answer(setting, batch, number, record)
         except Exception as failure:  # a processor, a method or the memory may fail on one sample of many
             record.update(samples=[], sums={}, changed=[], kept=[])
@@ -125,16 +127,23 @@ class Evaluator:
         record["changed"].append(changed)
         record["samples"] += scored
 
-    def _logit_difference(self, setting: Setting, batch: Batch) -> float:
-        """Largest absolute change of the first new token's logits over the batch."""
+    def _look_closer(self, setting: Setting, batch: Batch, record: dict[str, Any]) -> None:
+        """Largest absolute change of the first new token's logits over the batch, and what choosing costs it."""
         inputs = placed(self.chat, batch.inputs)
         if batch.number not in self._unpruned_logits:
             whole = placed(self.chat, self.batches[batch.number].inputs)
             self._unpruned_logits = {batch.number: _first_logits(self.chat.model, whole)}
-        with prune(self.chat.model, setting.pruner(batch.number)):
+        with prune(self.chat.model, setting.pruner(batch.number)) as session, counting_selection() as selection:
             logits = _first_logits(self.chat.model, inputs)
         difference = float((logits - self._unpruned_logits[batch.number]).abs().max())
-        return float(f"{difference:.4g}")
+        record["logit_difference"] = float(f"{difference:.4g}")
+        report = session.last
+        assert report is not None
+        if setting.selector is None:  # what choosing frames costs is part of the prefill's FLOPs
+            record["selection"] = {
+                "flops": selection.total / report.batch,
+                "ratio": selection.total / report.flops[0].language_model,
+            }
 
     def _save_pictures(self, batch: Batch, row: int, place: int, items: Sequence[ItemReport]) -> None:
         assert self.pictures is not None

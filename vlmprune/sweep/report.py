@@ -150,7 +150,7 @@ def _row(point: Point, front: bool) -> dict[str, Any]:
     one = gaps[0] if len(gaps) == 1 else None
     gap = sum(entry["difference"] for entry in gaps) / len(gaps) if gaps else None
     times = point.first_token_ms
-    unpruned = setting.method == UNPRUNED
+    unpruned, chosen = setting.method == UNPRUNED, point.selection
     return {
         "point": point,
         "method": setting.label,
@@ -162,6 +162,9 @@ def _row(point: Point, front: bool) -> dict[str, Any]:
         "per_layer": ", ".join(f"{tokens:.1f}" for tokens in point.rows[0]["tokens"]["per_layer"]),
         "flops": format_flops(point.mean("flops", "pruned")),
         "flops_ratio": 100 * point.mean("flops", "ratio"),
+        "choosing": "" if unpruned else "in FLOPs" if setting.selector is not None else _choosing(chosen),
+        "choosing_ratio": None if chosen is None else chosen["ratio"],
+        "choosing_flops": "" if chosen is None else format_flops(chosen["flops"]),
         "kv": format_bytes(point.mean("kv_bytes", "pruned")),
         "kv_ratio": 100 * point.mean("kv_bytes", "ratio"),
         "accuracy": 100 * point.accuracy,
@@ -179,6 +182,11 @@ def _row(point: Point, front: bool) -> dict[str, Any]:
         "difference": point.rows[0]["logit_difference"],
         "failed": sum(row["failed"] for row in point.rows),
     }
+
+
+def _choosing(chosen: dict[str, float] | None) -> str:
+    """Share of the language model's prefill, in %; rows of earlier versions do not have it."""
+    return "not counted" if chosen is None else f"{100 * chosen['ratio']:.2f} %"
 
 
 def _kinds(points: Sequence[Point]) -> list[dict[str, Any]]:
@@ -314,16 +322,17 @@ def _markdown(sweep: Sweep, models: Sequence[dict[str, Any]]) -> str:
         "",
         f"{about['questions']} questions of {about['data']['source']}, {about['metric'].replace('_', ' ')}, 95 % "
         f"Wilson intervals. {versions}, {about['environment']['device']}. Tokens are the mean over decoder layers, "
-        "FLOPs those of the prefill with the vision tower."
+        "FLOPs those of the prefill with the vision tower, selection (the matrix products done for choosing alone) a "
+        "share of the language model's unpruned prefill."
         + (" Some rows were made with other versions: results.jsonl says which." if about["mixed"] else ""),
     ]
     for model in models:
-        out += ["", f"## {model['name']}", "", "| method | keep | positions | tokens | FLOPs | KV cache | accuracy |"]
-        out.append("|---|---|---|---|---|---|---|")
+        columns = ("method", "keep", "positions", "tokens", "FLOPs", "selection", "KV cache", "accuracy")
+        out += ["", f"## {model['name']}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         for row in model["rows"]:
             out.append(
                 f"| {row['method']} | {row['keep']} | {row['positions']} | {row['tokens']:.1f} | "
-                f"{row['flops_ratio']:.1f} % | {row['kv_ratio']:.1f} % | "
+                f"{row['flops_ratio']:.1f} % | {row['choosing']} | {row['kv_ratio']:.1f} % | "
                 f"**{row['accuracy']:.1f}** [{row['interval']}] |"
             )
         if model["unreachable"]:

@@ -29,6 +29,7 @@ from vlmprune.sweep.timing import Stopwatch
 
 BUNDLED = "bundled"
 _TRIED_FIRST = 8
+_CLOSER = ("logit_difference", "selection")  # looked at in the first batch alone
 
 
 class Watcher:
@@ -275,7 +276,7 @@ class _Run:
             "flops": _pair(full["flops_full"], sums["flops_pruned"] / asked),
             "kv_bytes": _pair(full["kv_bytes_full"], sums["kv_bytes_pruned"] / asked),
             "changed": any(flag for record in records for flag in record["changed"]),
-            "logit_difference": next((r["logit_difference"] for r in records if r["batch"] == 0), None),
+            **next(({key: r.get(key) for key in _CLOSER} for r in records if r["batch"] == 0), {}),
         }
 
     def _unpruned(self, setting: Setting) -> dict[str, Any] | None:

@@ -67,6 +67,12 @@ class Point:
         return fmean(values)
 
     @property
+    def selection(self) -> dict[str, float] | None:
+        """FLOPs a question that choosing costs, and their share of the language model's unpruned prefill."""
+        counted = [row["selection"] for row in self.rows if row.get("selection")]
+        return {key: fmean(each[key] for each in counted) for key in ("flops", "ratio")} if counted else None
+
+    @property
     def first_token_ms(self) -> dict[str, float] | None:
         """Median and quartiles of the time to the first token."""
         if self.timing is None:
