@@ -221,6 +221,7 @@ addEventListener("load", () => {
 
 def browse(page: Path, tmp_path: Path, *options: str) -> str:
     command = [str(CHROME), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--disable-extensions"]
+    command += ["--disable-background-networking", "--disable-sync", "--no-first-run"]
     command += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", *options, page.as_uri()]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, check=True).stdout
 

@@ -97,7 +97,7 @@ class Compose(Pruner):
     def reads(self, layer: int, depth: int) -> frozenset[str]:
         return self._owner(layer, depth).reads(layer, depth)
 
-    def selection_flops(self, sizes: Sizes) -> int:
+    def selection_flops(self, sizes: Sizes) -> int | None:
         return self._owner(sizes.layer, sizes.depth).selection_flops(sizes)
 
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
