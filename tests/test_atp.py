@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import trainers
 from cases import BATCHES
 from fakes import picks, rows, tokens_of
 from families import FAMILIES
@@ -279,13 +278,7 @@ def test_calibration_meets_the_target(grid: bool) -> None:
 
 @pytest.fixture(scope="module")
 def training() -> Any:
-    pytest.importorskip("accelerate")
-    folder = str(Path(__file__).parents[1] / "training")
-    sys.path.insert(0, folder)
-    try:
-        return importlib.import_module("atp")
-    finally:
-        sys.path.remove(folder)
+    return trainers.trainer("atp")
 
 
 @pytest.mark.parametrize("name", ["llava-clip-llama", "llava-next", "qwen2.5-vl", "internvl"])
@@ -331,14 +324,13 @@ def test_training_moves_the_modules_and_saves(training: Any, tmp_path: Path) -> 
 def test_deeper_tokens_cost_more_and_gradients_reach_every_head(training: Any) -> None:
     pytest.importorskip("sklearn")
     pytest.importorskip("skimage")
-    model, processor = training.load(None)
+    model, processor = trainers.trainer("questions").load(None)
     made = modules()
     with torch.no_grad():
         for head in made.heads:
             head.spatial.bias.fill_(1.0)
     run = training.Training(model.requires_grad_(False), made, training.Settings())
-    batch = training.collate(processor, [training.Questions(None, "train", 2)[i] for i in range(6)])
-    parts = run(batch, 0.2, 10.0)
+    parts = run(trainers.batch(processor, 6), 0.2, 10.0)
     depth = sum(share * layer for share, layer in zip(parts["shares"].tolist(), (1, 2, 3)))
     assert parts["depth"].item() == pytest.approx(depth)
     assert parts["loss"].item() == pytest.approx(

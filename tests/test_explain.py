@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import trainers
 from fakes import picks, rows, tokens_of
 from families import FAMILIES
 from hypothesis import given, settings
@@ -175,13 +174,7 @@ def test_errors(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def training() -> Any:
-    pytest.importorskip("accelerate")
-    folder = str(Path(__file__).parents[1] / "training")
-    sys.path.insert(0, folder)
-    try:
-        return importlib.import_module("explain")
-    finally:
-        sys.path.remove(folder)
+    return trainers.trainer("explain")
 
 
 def test_what_the_trainer_reads_is_what_the_session_reads(training: Any, tmp_path: Path) -> None:

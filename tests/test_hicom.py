@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import numpy as np
 import pytest
 import random_weights
 import torch
+import trainers
 from cases import BATCHES
 from fakes import rows, tokens_of
 from families import FAMILIES
@@ -314,13 +313,7 @@ def test_save_and_load(modules: hicom.HIComModules, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def training() -> Any:
-    pytest.importorskip("accelerate")
-    folder = str(Path(__file__).parents[1] / "training")
-    sys.path.insert(0, folder)
-    try:
-        return importlib.import_module("condense")
-    finally:
-        sys.path.remove(folder)
+    return trainers.trainer("condense")
 
 
 def test_the_answer_is_no_part_of_the_question() -> None:
@@ -354,23 +347,22 @@ def test_training_learns(training: Any, method: str, tmp_path: Path) -> None:
         method=method, out=tmp_path, scenes=(2, 1), steps=2, batch=6, shares=(0.25,), width=16, rate=1e-2
     )
     torch.manual_seed(1)
-    model, processor = training.load(None)
+    model, processor = trainers.trainer("questions").load(None)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     modules = training.MODULES[method](128, width=16)
     pruner = vlmprune.create_pruner(method, keep=0.25, weights=modules)
-    questions = training.Questions(None, "train", 2, 3)
-    inputs = training.collate(processor, [questions[i] for i in range(6)])
+    inputs = trainers.batch(processor, 6, seed=3)
     condensed = training.Condensed(model.requires_grad_(False), modules)
     optimizer = torch.optim.Adam(modules.parameters(), 1e-2)
     losses = []
     for _ in range(12):
-        loss, right = condensed(inputs, pruner)
+        parts = condensed(inputs, pruner)
         optimizer.zero_grad()
-        loss.backward()
+        parts["loss"].backward()
         optimizer.step()
-        losses.append(loss.item())
+        losses.append(parts["loss"].item())
     assert losses[-1] < 0.7 * losses[0]
-    assert right.shape == (6,)
+    assert parts["right"].shape == (6,)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
     finished = training.train(run)
@@ -385,12 +377,12 @@ def test_the_trainer_counts_what_generate_says(training: Any) -> None:
     """Right by teacher forcing is right by greedy decoding."""
     pytest.importorskip("sklearn")
     pytest.importorskip("skimage")
-    model, processor = training.load(None)
-    questions = training.Questions(None, "validation", 2, 5)
+    model, processor = trainers.trainer("questions").load(None)
+    questions = trainers.trainer("questions").Questions(None, "validation", 2, 5)
     samples = [questions[i] for i in range(8)]
     pruner = vlmprune.create_pruner("uniform", keep=9)
     with torch.no_grad():
-        _, right = training.Condensed(model, None)(training.collate(processor, samples), pruner)
+        right = training.Condensed(model, None)(trainers.batch(processor, 8, "validation", 5), pruner)["right"]
     said = []
     for image, question, answer in samples:
         chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]

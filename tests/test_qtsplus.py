@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 import random_weights
 import torch
+import trainers
 from cases import BATCHES
 from fakes import picks, rows, tokens_of
 from families import FAMILIES
@@ -472,13 +471,7 @@ def test_training_free_scores_are_the_last_layers(family: Any) -> None:
 
 @pytest.fixture(scope="module")
 def training() -> Any:
-    pytest.importorskip("accelerate")
-    folder = str(Path(__file__).parents[1] / "training")
-    sys.path.insert(0, folder)
-    try:
-        return importlib.import_module("qtsplus")
-    finally:
-        sys.path.remove(folder)
+    return trainers.trainer("qtsplus")
 
 
 @pytest.mark.parametrize("wanted", [None, 6])
@@ -525,13 +518,12 @@ def test_a_new_selector_scores_as_the_training_free_form(training: Any) -> None:
 def test_gradients_reach_the_whole_selector_and_nothing_else(training: Any) -> None:
     pytest.importorskip("sklearn")
     pytest.importorskip("skimage")
-    model, processor = training.load(None)
+    model, processor = trainers.trainer("questions").load(None)
     model.set_attn_implementation("sdpa")
     settings = training.Settings(scoring=2, lambda_t=0.0, lambda_m=0.0, lambda_s=0.0)
     selector = training.selector_for(model, settings)
     run = training.Training(model.requires_grad_(False), selector, settings)
-    batch = training.collate(processor, [training.Questions(None, "train", 2)[i] for i in range(6)])
-    answer = run(batch, None, settings.temperature)["loss"]
+    answer = run(trainers.batch(processor, 6), None, settings.temperature)["loss"]
     answer.backward()
     for name, parameter in selector.named_parameters():
         still = "ffn.net.0" in name or "ffn_norm" in name  # behind a matrix that begins at 0
@@ -559,6 +551,22 @@ def test_budget_terms_pull_the_share_down(training: Any) -> None:
     run.selection.remove()
 
 
+def test_the_mean_share_is_that_of_all_processes(training: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = FAMILIES["llava-clip-llama"]
+    model, inputs = model_of(family), family.inputs([[1, ("image", 0), 2, 3, 4], [5, ("image", 1), 7, 8, 9]])
+    inputs["labels"] = torch.where(torch.arange(inputs["input_ids"].shape[1]) == 28, inputs["input_ids"], -100)
+    run = training.Training(model, training.selector_for(model, training.Settings()), training.Settings())
+
+    def with_another(mean: Tensor, how: str) -> Tensor:
+        assert how == "mean"
+        return (mean + 0.4) / 2
+
+    monkeypatch.setattr(training, "reduce", with_another)
+    share = run(inputs, None, 0.5)["share"].mean().item()
+    assert run.usual.item() == pytest.approx((share + 0.4) / 2)
+    run.selection.remove()
+
+
 def test_training_moves_the_selector_and_saves(training: Any, tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     pytest.importorskip("skimage")
@@ -566,7 +574,7 @@ def test_training_moves_the_selector_and_saves(training: Any, tmp_path: Path) ->
     training.train(run)
     again = TokenSelector.load(tmp_path)
     assert (again.width, again.depth, again.most) == (128, 4, 72)
-    model, _ = training.load(None)
+    model, _ = trainers.trainer("questions").load(None)
     torch.manual_seed(run.seed)
     fresh = training.selector_for(model, run)
     moved = [name for name, value in fresh.state_dict().items() if not torch.allclose(value, again.state_dict()[name])]

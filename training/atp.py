@@ -26,7 +26,8 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from questions import Questions, collate, forever, from_arguments, load
+from loop import descend, forever, held_out_means, loaders, notes, parameter_groups
+from questions import from_arguments, load
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -240,57 +241,31 @@ def train(settings: Settings) -> ThresholdModules:
         modules = ThresholdModules.load(settings.start).train().requires_grad_(True)
         if (modules.layers, modules.depth) != (layers, depth):
             raise ValueError(f"{settings.start!r} holds modules for another language model: start without it")
-    model.requires_grad_(False)
-    groups = [{"params": list(modules.parameters()), "lr": settings.rate}]
-    if settings.tune:
-        language = adapter_for(model).language_model.requires_grad_(True)
-        groups.append({"params": list(language.parameters()), "lr": settings.language_rate})
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameter_groups(model, modules, settings), betas=(0.9, 0.98), weight_decay=0.0)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps * accelerator.num_processes)
-    gather = functools.partial(collate, processor)
-    generator = torch.Generator().manual_seed(settings.seed)
-    loader = DataLoader(
-        Questions(settings.data, "train", settings.scenes[0], settings.seed),
-        settings.batch,
-        shuffle=True,
-        drop_last=True,
-        collate_fn=gather,
-        generator=generator,
-    )
-    held = DataLoader(
-        Questions(settings.data, "validation", settings.scenes[1], settings.seed), settings.batch, collate_fn=gather
-    )
+    loader, held = loaders(settings, processor)
     training, optimizer, decay, loader, held = accelerator.prepare(
         Training(model, modules, settings), optimizer, decay, loader, held
     )
     began, batches = time.monotonic(), forever(loader)
     if not settings.start:
         standardise(accelerator, training, modules, batches, settings)
-    seen: list[dict[str, float]] = []
-    for step in range(settings.steps):
-        wanted, temperature = schedule(settings, step)
-        parts = training(next(batches), wanted, temperature)
-        optimizer.zero_grad()
-        accelerator.backward(parts["loss"])
-        accelerator.clip_grad_norm_(training.parameters(), 1.0)
-        optimizer.step()
-        decay.step()
-        seen.append({name: parts[name].float().mean().item() for name in ("answer", "target", "right")})
-        if (step + 1) % 50 == 0:
-            shown = " ".join(f"{name} {sum(each[name] for each in seen) / len(seen):.3f}" for name in seen[0])
-            pace = (time.monotonic() - began) / (step + 1)
-            accelerator.print(f"{step + 1}/{settings.steps}, {pace:.2f} s a step: {shown}", flush=True)
-            seen.clear()
+
+    def run(step: int) -> dict[str, Tensor]:
+        return training(next(batches), *schedule(settings, step))
+
+    shown = ("answer", "target", "right")
+    descend(accelerator, run, training, optimizer, decay, steps=settings.steps, shown=shown)
     minutes = (time.monotonic() - began) / 60
     reached = measure(accelerator, training, modules, held, settings)
     modules.reached = [(asked, kept) for asked, kept, _ in reached]
     if accelerator.is_main_process:
-        notes = {name: value if not isinstance(value, Path) else None for name, value in vars(settings).items()}
-        notes.pop("out")
         held_out = {f"{kept:.4f}": round(right, 4) for _, kept, right in reached}
         language = accelerator.unwrap_model(training).model.config.get_text_config()
         made_for = {"model_type": model.config.model_type, "hidden_size": language.hidden_size}
-        modules.save(settings.out, model=made_for, training=notes, minutes=round(minutes, 1), held_out=held_out)
+        modules.save(
+            settings.out, model=made_for, training=notes(settings), minutes=round(minutes, 1), held_out=held_out
+        )
         if settings.tune:
             accelerator.unwrap_model(training).model.save_pretrained(settings.out / "language-model")
     return modules
@@ -321,13 +296,9 @@ def measure(
     low, high = map(math.log, settings.wanted)
     rows: list[tuple[float, float, float]] = []
     for wanted in (math.exp(low + (high - low) * i / 6) for i in range(7)):
-        kept, right = [], []
-        for inputs in held:
-            parts = training(inputs, wanted, None)
-            kept.append(accelerator.gather_for_metrics(parts["kept"]))
-            right.append(accelerator.gather_for_metrics(parts["right"].float()))
-        asked = modules.floor + wanted * (1 - modules.floor)
-        row = (asked, torch.cat(kept).mean().item(), torch.cat(right).mean().item())
+        run = functools.partial(training, wanted=wanted, temperature=None)
+        kept, right = held_out_means(accelerator, held, run, "kept", "right")
+        row = (modules.floor + wanted * (1 - modules.floor), kept, right)
         accelerator.print(f"asked {row[0]:.4f}, kept {row[1]:.4f}, right {row[2]:.4f}", flush=True)
         if not rows or row[1] > rows[-1][1]:
             rows.append(row)

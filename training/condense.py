@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from questions import Questions, collate, forever, from_arguments, load
+from loop import descend, forever, held_out_means, loaders, notes, parameter_groups
+from questions import from_arguments, load
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -81,8 +82,8 @@ class Condensed(nn.Module):
         super().__init__()
         self.model, self.modules_ = model, modules
 
-    def forward(self, inputs: dict[str, Tensor], pruner: vlmprune.Pruner) -> tuple[Tensor, Tensor]:
-        """The answers' loss, and of each sample whether every token of the answer is right."""
+    def forward(self, inputs: dict[str, Tensor], pruner: vlmprune.Pruner) -> dict[str, Tensor]:
+        """The answers' "loss", and whether every token of each sample's answer is "right"."""
         with vlmprune.prune(self.model, pruner) as session:
             out = self.model(**inputs, use_cache=False)
             columns = session.last.columns if session.last.changed else None
@@ -91,7 +92,7 @@ class Condensed(nn.Module):
             columns = columns.to(labels.device)
             labels = labels.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, -100)
         target, said = labels[:, 1:], out.logits[:, :-1].argmax(-1)
-        return out.loss, ((said == target) | (target == -100)).all(1)
+        return {"loss": out.loss, "right": ((said == target) | (target == -100)).all(1)}
 
 
 def share_of(step: int, low: float, high: float) -> float:
@@ -120,58 +121,29 @@ def train(settings: Settings) -> nn.Module:
             raise ValueError(f"{settings.start!r} holds modules for another language model: start without it")
         modules = started.train().requires_grad_(True)
     pruner = vlmprune.create_pruner(settings.method, weights=modules)
-    model.requires_grad_(False)
-    groups = [{"params": list(modules.parameters()), "lr": settings.rate}]
-    if settings.tune:
-        language = adapter_for(model).language_model.requires_grad_(True)
-        groups.append({"params": list(language.parameters()), "lr": settings.language_rate})
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(parameter_groups(model, modules, settings), betas=(0.9, 0.98), weight_decay=0.01)
     total = settings.steps * accelerator.num_processes
     decay = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 50) * (1 + math.cos(math.pi * step / total)) / 2
     )
-    gather = functools.partial(collate, processor)
-    generator = torch.Generator().manual_seed(settings.seed)
-    loader = DataLoader(
-        Questions(settings.data, "train", settings.scenes[0], settings.seed),
-        settings.batch,
-        shuffle=True,
-        drop_last=True,
-        collate_fn=gather,
-        generator=generator,
-    )
-    held = DataLoader(
-        Questions(settings.data, "validation", settings.scenes[1], settings.seed), settings.batch, collate_fn=gather
-    )
+    loader, held = loaders(settings, processor)
     condensed, optimizer, decay, loader, held = accelerator.prepare(
         Condensed(model, modules), optimizer, decay, loader, held
     )
     began, batches = time.monotonic(), forever(loader)
-    seen: list[tuple[float, float]] = []
-    for step in range(settings.steps):
-        share = share_of(step, *settings.keep)
-        loss, right = condensed(next(batches), replace(pruner, keep=share))
-        optimizer.zero_grad()
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(modules.parameters(), 1.0)
-        optimizer.step()
-        decay.step()
-        seen.append((loss.item(), right.float().mean().item()))
-        if (step + 1) % 50 == 0:
-            answer, hit = (sum(each) / len(seen) for each in zip(*seen))
-            pace = (time.monotonic() - began) / (step + 1)
-            accelerator.print(
-                f"{step + 1}/{settings.steps}, {pace:.2f} s a step: loss {answer:.3f} right {hit:.3f}", flush=True
-            )
-            seen.clear()
+
+    def run(step: int) -> dict[str, Tensor]:
+        return condensed(next(batches), replace(pruner, keep=share_of(step, *settings.keep)))
+
+    descend(accelerator, run, modules, optimizer, decay, steps=settings.steps, shown=("loss", "right"))
     minutes = (time.monotonic() - began) / 60
     modules.eval()
     held_out = measure(accelerator, condensed, pruner, held, settings)
     if accelerator.is_main_process:
-        notes = {name: value for name, value in vars(settings).items() if name not in ("out", "method")}
         made_for = {"model_type": model.config.model_type, "hidden_size": hidden}
         finished: HIComModules | VQAttention = modules  # type: ignore[assignment]
-        finished.save(settings.out, model=made_for, training=notes, minutes=round(minutes, 1), held_out=held_out)
+        told = notes(settings, "method")
+        finished.save(settings.out, model=made_for, training=told, minutes=round(minutes, 1), held_out=held_out)
         if settings.tune:
             accelerator.unwrap_model(condensed).model.save_pretrained(settings.out / "language-model")
     return modules
@@ -189,8 +161,8 @@ def measure(
                 asked = replace(pruner, keep=share)
             else:
                 asked = vlmprune.create_pruner(method, keep=share)
-            right = [accelerator.gather_for_metrics(condensed(inputs, asked)[1].float()) for inputs in held]
-            table.setdefault(method, {})[str(share)] = round(torch.cat(right).mean().item(), 4)
+            (right,) = held_out_means(accelerator, held, functools.partial(condensed, pruner=asked), "right")
+            table.setdefault(method, {})[str(share)] = round(right, 4)
         shown = ", ".join(f"{share}: {100 * hit:.1f}" for share, hit in table[method].items())
         accelerator.print(f"{method}: {shown}", flush=True)
     return table

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from loop import notes
 from questions import Questions, collate, from_arguments, load
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -162,14 +163,13 @@ def train(settings: Settings) -> Mapper:
             )
     mapper = accelerator.unwrap_model(mapper)
     if accelerator.is_main_process:
-        notes = {name: value for name, value in vars(settings).items() if name != "out"}
         made_for = {
             "model_type": model.config.model_type,
             "first_layer": fingerprint(model),
             "chat_template": hashlib.sha256((processor.chat_template or "").encode()).hexdigest()[:16],
         }
         held_out = {"divergence": round(held, 4), "of_attention_itself": round(plain, 4)}
-        mapper.save(settings.out, model=made_for, training=notes, held_out=held_out)
+        mapper.save(settings.out, model=made_for, training=notes(settings), held_out=held_out)
     return mapper
 
 

@@ -26,8 +26,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import set_seed
-from questions import Questions, collate, forever, from_arguments, load
+from accelerate.utils import reduce, set_seed
+from loop import descend, forever, held_out_means, loaders, notes
+from questions import from_arguments, load
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
@@ -183,7 +184,7 @@ class Training(nn.Module):
         answer = F.cross_entropy(logits[replies], target[replies])
         shares = selection.shares
         if self.training and wanted is None:
-            mean = shares.detach().mean()
+            mean = reduce(shares.detach().mean(), "mean")  # over processes
             self.usual.copy_(torch.where(self.usual.isnan(), mean, 0.9 * self.usual + 0.1 * mean))
         tokens = shares * selection.lengths / self.selector.most
         budget = settings.lambda_t * tokens.square() + settings.lambda_m * tokens
@@ -258,48 +259,30 @@ def train(settings: Settings) -> TokenSelector:
     selector = selector_for(model, settings)
     optimizer = torch.optim.AdamW(selector.parameters(), settings.rate, betas=(0.9, 0.98), weight_decay=0.0)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps * accelerator.num_processes)
-    gather = functools.partial(collate, processor)
-    loader = DataLoader(
-        Questions(settings.data, "train", settings.scenes[0], settings.seed),
-        settings.batch,
-        shuffle=True,
-        drop_last=True,
-        collate_fn=gather,
-        generator=torch.Generator().manual_seed(settings.seed),
-    )
-    held = DataLoader(
-        Questions(settings.data, "validation", settings.scenes[1], settings.seed), settings.batch, collate_fn=gather
-    )
+    loader, held = loaders(settings, processor)
     training, optimizer, decay, loader, held = accelerator.prepare(
         Training(model, selector, settings), optimizer, decay, loader, held
     )
     training.train()
     model.eval()
-    began, batches, tokens = time.monotonic(), forever(loader), 0
-    seen: list[dict[str, float]] = []
-    for step in range(settings.steps):
-        wanted = drawn(settings, step, tokens) if tokens else None
-        parts = training(next(batches), wanted, settings.temperature)
-        optimizer.zero_grad()
-        accelerator.backward(parts["loss"])
-        accelerator.clip_grad_norm_(training.parameters(), 1.0)
-        optimizer.step()
-        decay.step()
-        tokens = round(accelerator.unwrap_model(training).selection.lengths.float().mean().item())
-        seen.append({name: parts[name].float().mean().item() for name in ("answer", "share", "kept", "right")})
-        if (step + 1) % 25 == 0:
-            shown = " ".join(f"{name} {sum(each[name] for each in seen) / len(seen):.3f}" for name in seen[0])
-            pace = (time.monotonic() - began) / (step + 1)
-            accelerator.print(f"{step + 1}/{settings.steps}, {pace:.2f} s a step: {shown}", flush=True)
-            seen.clear()
+    began, batches = time.monotonic(), forever(loader)
+
+    def run(step: int) -> dict[str, Tensor]:
+        # About as many as an item of the batch before had.
+        tokens = round(accelerator.unwrap_model(training).selection.lengths.float().mean().item()) if step else 0
+        return training(next(batches), drawn(settings, step, tokens) if tokens else None, settings.temperature)
+
+    shown = ("answer", "share", "kept", "right")
+    descend(accelerator, run, training, optimizer, decay, steps=settings.steps, shown=shown, every=25)
     minutes = (time.monotonic() - began) / 60
     reached = measure(accelerator, training, held, settings)
     if accelerator.is_main_process:
-        notes = {name: value for name, value in vars(settings).items() if name != "out"}
         made_for = {"model_type": model.config.model_type, "positions": "compact"}
         if "compact" not in adapter_for(model).positions:
             made_for["positions"] = "original"
-        selector.save(settings.out, model=made_for, training=notes, minutes=round(minutes, 1), held_out=reached)
+        selector.save(
+            settings.out, model=made_for, training=notes(settings), minutes=round(minutes, 1), held_out=reached
+        )
     return selector
 
 
@@ -311,12 +294,8 @@ def measure(
     training.eval()
     rows: list[dict[str, float | str]] = []
     for wanted in (None, *settings.counts):
-        kept, right = [], []
-        for inputs in held:
-            parts = training(inputs, wanted, 0.0)
-            kept.append(accelerator.gather_for_metrics(parts["kept"].float()))
-            right.append(accelerator.gather_for_metrics(parts["right"].float()))
-        mean, share = torch.cat(kept).mean().item(), torch.cat(right).mean().item()
+        run = functools.partial(training, wanted=wanted, temperature=0.0)
+        mean, share = held_out_means(accelerator, held, run, "kept", "right")
         accelerator.print(f"{wanted or 'predicted'}: kept {mean:.2f}, right {share:.4f}", flush=True)
         rows.append({"asked": wanted or "predicted", "kept": round(mean, 2), "right": round(share, 4)})
     return rows

@@ -7,14 +7,14 @@ import argparse
 import dataclasses
 import json
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from vlmprune import bundled
 
@@ -88,11 +88,6 @@ def load(name: str | None) -> tuple[nn.Module, Any]:
         return model, processor
     model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", attn_implementation="eager")
     return model.eval(), AutoProcessor.from_pretrained(name)
-
-
-def forever(loader: DataLoader) -> Iterator[dict[str, Tensor]]:
-    while True:
-        yield from loader
 
 
 def from_arguments(kind: type[S], description: str | None) -> S:
