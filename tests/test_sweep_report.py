@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from vlmprune.cli import app
 from vlmprune.sweep import plots, store
 from vlmprune.sweep.plan import UNPRUNED
-from vlmprune.sweep.series import Point, pareto, read_sweep
+from vlmprune.sweep.series import Point, pareto, read_sweep, short_names, standing
 
 pytest.importorskip("matplotlib")
 
@@ -73,6 +73,20 @@ def test_numbers_are_those_of_the_rows(results, page):
     line = next(line for line in (results / "accuracy.md").read_text().splitlines() if "| divprune | 0.25 |" in line)
     assert f"**{100 * row['accuracy']:.1f}** [{low:.1f} – {high:.1f}]" in line
     assert f"{100 * row['flops']['ratio']:.1f} %" in line
+    assert row["selection"]["ratio"] > 0
+    assert f"| {100 * row['selection']['ratio']:.2f} % |" in line
+
+
+def test_rows_of_before_selection_was_counted(results, tmp_path):
+    """They say so, and are not taken to cost nothing."""
+    shutil.copytree(results, tmp_path / "old")
+    old = [
+        {key: value for key, value in row.items() if key != "selection"} for row in store.read(results / store.RESULTS)
+    ]
+    (tmp_path / "old" / store.RESULTS).write_text("".join(store.dump(row) + "\n" for row in old))
+    assert call("report", tmp_path / "old").exit_code == 0
+    table = (tmp_path / "old" / "accuracy.md").read_text()
+    assert table.count("| not counted |") == sum(row["status"] == "ok" for row in old) - 1 - 2  # unpruned; two seeds
 
 
 def test_seeds_are_averaged(results):
@@ -117,6 +131,27 @@ def made(method: str, keep, accuracy: float, kept: float = 36.0, full: float = 1
 )
 def test_a_budget_that_was_not_met_is_told(keep, kept, missed):
     assert made("yopo", keep, 0.8, kept).missed == missed
+
+
+def test_a_budget_that_cannot_be_kept_to_is_no_merit():
+    """Of a method that reaches only what is easy, or keeps more than it should, random's accuracy counts."""
+    points = [made("random", 0.5, 0.6, 72.0), made("random", 0.1, 0.2, 14.4), made(UNPRUNED, 1.0, 1.0, 144.0)]
+    points += [made("divprune", 0.5, 0.9, 72.0), made("divprune", 0.1, 0.8, 14.4), made("fastv", 0.5, 0.95, 72.0)]
+    points += [made("yopo", 0.5, 0.7, 72.0), made("yopo", 0.1, 0.7, 72.0), made("pool", 0.5, 0.5, 72.0)]
+    points += [made("pool", 0.1, 0.3, 4.0)]  # with less than it might
+    rank = standing(points)
+    assert rank == pytest.approx({"random": 0.4, "divprune": 0.85, "fastv": 0.575, "yopo": 0.45, "pool": 0.4})
+
+
+def test_names_are_short_unless_they_would_be_the_same():
+    labels = [
+        "atp (weights=runs/a/best)",
+        "atp (weights=runs/b/best, keep=2)",
+        "q (weights=x/y/best)",
+        "q (weights=z/best)",
+    ]
+    short = short_names(labels)
+    assert list(short.values()) == ["atp (weights=best)", "atp (weights=best, keep=2)", *labels[2:]]
 
 
 def test_the_best_are_drawn_larger():

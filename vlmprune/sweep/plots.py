@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from vlmprune.sweep.plan import UNPRUNED
-from vlmprune.sweep.series import Point, is_baseline, lines, pareto
+from vlmprune.sweep.series import Point, is_baseline, lines, pareto, standing
 
 _COLOURS = (
     "#0b6fb8",
@@ -53,7 +54,7 @@ def curve(points: Sequence[Point], cost: Cost, axis: str, title: str, metric: st
 
     drawn = {key: [p for p in own if cost(p) is not None] for key, own in lines(points).items()}
     drawn = {key: own for key, own in drawn.items() if own}
-    style = _styles(drawn)
+    style = _styles(drawn, standing(points))
     near = _near([point for own in drawn.values() for point in own], points, cost)
     figure, panes = plt.subplots(
         1, 1 + (near is not None), figsize=(13, 5.6) if near else (9, 5.6), layout="constrained", squeeze=False
@@ -149,11 +150,13 @@ def panels(points: Sequence[Point], title: str, metric: str) -> Any:
     columns = min(5, len(labels))
     rows = -(-len(labels) // columns)
     figure, grid = plt.subplots(
-        rows, columns, figsize=(2.5 * columns, 2.1 * rows + 0.4), sharex=True, sharey=True, layout="constrained",
+        rows, columns, figsize=(2.5 * columns, 2.1 * rows + 0.4), sharey=True, layout="constrained",
         squeeze=False,
     )  # fmt: skip
     chance = next((own for (label, _), own in drawn.items() if label == "random"), [])
     unpruned = [point for point in points if point.setting.method == UNPRUNED]
+    least = min(map(flops_cost, points))
+    margin = 0.06 * (100 - least) or 1
     for axes, label in zip(grid.flat, labels):
         axes.plot([flops_cost(p) for p in chance], [100 * p.accuracy for p in chance], ":", color="0.6", lw=1)
         for (name, positions), own in drawn.items():
@@ -171,7 +174,11 @@ def panels(points: Sequence[Point], title: str, metric: str) -> Any:
                 )
         for point in unpruned:
             axes.plot(flops_cost(point), 100 * point.accuracy, "*", color="0.1", ms=8)
-        axes.set_title(label, fontsize=9)
+        # A method that costs more than the unpruned model has an axis of its own.
+        costs = [flops_cost(p) for (name, _), own in drawn.items() if name == label for p in own]
+        axes.set_xlim(least - margin, max(100.0, *costs) + margin)
+        axes.set_title("\n".join(textwrap.wrap(label, 26)), fontsize=9)
+        axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in list(grid.flat)[len(labels) :]:
@@ -182,15 +189,9 @@ def panels(points: Sequence[Point], title: str, metric: str) -> Any:
     return figure
 
 
-def _styles(drawn: Lines) -> dict[str, Style]:
+def _styles(drawn: Lines, rank: dict[str, float]) -> dict[str, Style]:
     methods = {label: own[0].setting.method for (label, _), own in drawn.items()}
-    mean: dict[str, list[float]] = {}
-    for (label, _), own in drawn.items():
-        mean.setdefault(label, []).extend(point.accuracy for point in own)
-    ranked = sorted(
-        (label for label, method in methods.items() if not is_baseline(method)),
-        key=lambda label: -sum(mean[label]) / len(mean[label]),
-    )
+    ranked = sorted((label for label, method in methods.items() if not is_baseline(method)), key=lambda x: -rank[x])
     style: dict[str, Style] = {}
     for place, label in enumerate(ranked):
         coloured = place < _COLOURED

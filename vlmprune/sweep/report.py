@@ -17,7 +17,7 @@ from vlmprune.overlay import DROPPED, KEPT, MERGED, atomic, draw_kept
 from vlmprune.sweep import store
 from vlmprune.sweep.metrics import wilson
 from vlmprune.sweep.plan import UNPRUNED
-from vlmprune.sweep.series import Point, Sweep, is_baseline, lines, pareto, read_sweep
+from vlmprune.sweep.series import Point, Sweep, is_baseline, lines, pareto, read_sweep, standing
 
 EXAMPLES, PER_SIDE, PICTURE_WIDTH, MAX_PLANES = 8, 3, 176, 4
 _STATES = {".": DROPPED, "#": KEPT, "+": MERGED}
@@ -126,20 +126,20 @@ def _about(sweep: Sweep) -> dict[str, Any]:
 
 
 def _matrix(points: Sequence[Point]) -> dict[str, Any]:
-    """Methods x budgets: the accuracy of each, best methods first, baselines last."""
+    """Methods x budgets: the accuracy of each, best methods (`standing`) first, baselines last."""
     keeps = list(dict.fromkeys(p.setting.keep for p in points if p.setting.method != UNPRUNED))
     table = []
     for (label, positions), own in lines(points).items():
         cells = {point.setting.keep: point for point in own}
         table.append((label, positions, [cells.get(keep) for keep in keeps]))
     columns = zip(*(cells for _, _, cells in table))
-    best = [max((point.accuracy for point in column if point), default=None) for column in columns]
-    return {"keeps": keeps, "rows": sorted(table, key=_rank), "best": best}
+    mean = standing(points)
 
+    def rank(row: tuple[str, str, list[Point | None]]) -> tuple[bool, float]:
+        return is_baseline(next(point for point in row[2] if point).setting.method), -mean[row[0]]
 
-def _rank(row: tuple[str, str, list[Point | None]]) -> tuple[bool, float]:
-    present = [point for point in row[2] if point]
-    return is_baseline(present[0].setting.method), -sum(point.accuracy for point in present) / len(present)
+    best = [max((p.accuracy for p in column if p and not p.exceeded), default=None) for column in columns]
+    return {"keeps": keeps, "rows": sorted(table, key=rank), "best": best}
 
 
 def _row(point: Point, front: bool) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def _row(point: Point, front: bool) -> dict[str, Any]:
     unpruned, chosen = setting.method == UNPRUNED, point.selection
     return {
         "point": point,
-        "method": setting.label,
+        "method": point.name,
         "keep": "" if unpruned else setting.keep,
         "positions": "" if unpruned else setting.positions,
         "seeds": len(point.rows),
@@ -186,7 +186,7 @@ def _row(point: Point, front: bool) -> dict[str, Any]:
 
 def _choosing(chosen: dict[str, float] | None) -> str:
     """Share of the language model's prefill, in %; rows of earlier versions do not have it."""
-    return "not counted" if chosen is None else f"{100 * chosen['ratio']:.2f} %"
+    return "not counted" if chosen is None else f"{100 * chosen['ratio']:.2f}"
 
 
 def _kinds(points: Sequence[Point]) -> list[dict[str, Any]]:
@@ -251,9 +251,9 @@ def _examples(points: Sequence[Point], folder: Path, model: str) -> list[dict[st
                 "unpruned": about["reply"],
                 "answered": [
                     {
-                        "method": point.setting.label,
-                        "tokens": round(point.mean("tokens", "average")),
-                        "last": sum(row.count("#") + row.count("+") for grid in entry["kept"] for row in grid),
+                        "method": point.name,
+                        "tokens": sum(row.count("#") + row.count("+") for grid in entry["kept"] for row in grid),
+                        "narrows": len(set(point.rows[0]["tokens"]["per_layer"])) > 1,
                         "reply": entry["reply"],
                         "right": entry["score"] >= 0.5,
                         "pictures": [
@@ -332,7 +332,8 @@ def _markdown(sweep: Sweep, models: Sequence[dict[str, Any]]) -> str:
         for row in model["rows"]:
             out.append(
                 f"| {row['method']} | {row['keep']} | {row['positions']} | {row['tokens']:.1f} | "
-                f"{row['flops_ratio']:.1f} % | {row['choosing']} | {row['kv_ratio']:.1f} % | "
+                f"{row['flops_ratio']:.1f} % | {row['choosing']}{'' if row['choosing_ratio'] is None else ' %'} | "
+                f"{row['kv_ratio']:.1f} % | "
                 f"**{row['accuracy']:.1f}** [{row['interval']}] |"
             )
         if model["unreachable"]:

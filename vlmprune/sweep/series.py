@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -24,11 +25,18 @@ class Point:
     Attributes:
         rows: of `results.jsonl`, one per seed.
         timing: of `timings.jsonl`, of the first seed; None if it was not timed.
+        short: a shorter name than its setting's.
         interval: Wilson's for the mean accuracy over one pass through the questions.
     """
 
     rows: tuple[Row, ...]
     timing: Row | None
+    short: str = ""
+
+    @property
+    def name(self) -> str:
+        """For people: the method with its own settings."""
+        return self.short or self.setting.label
 
     @property
     def setting(self) -> Setting:
@@ -47,14 +55,24 @@ class Point:
         return self.setting.method == UNPRUNED or all(row["changed"] for row in self.rows)
 
     @property
-    def missed(self) -> bool:
-        """Whether it kept another share than it was asked for, by more than a tenth and more than a token."""
+    def asked(self) -> float | None:
+        """Tokens that its budget asks for; None where that is a share of the cost."""
         keep = self.setting.keep
         if self.setting.method == UNPRUNED or isinstance(keep, str):
-            return False
-        full, kept = self.mean("tokens", "full"), self.mean("tokens", "average")
-        asked = min(keep, full) if isinstance(keep, int) else keep * full
-        return abs(kept - asked) > max(0.1 * asked, 1)
+            return None
+        full = self.mean("tokens", "full")
+        return min(keep, full) if isinstance(keep, int) else keep * full
+
+    @property
+    def missed(self) -> bool:
+        """Whether it kept another share than it was asked for, by more than a tenth and more than a token."""
+        asked = self.asked
+        return asked is not None and abs(self.mean("tokens", "average") - asked) > max(0.1 * asked, 1)
+
+    @property
+    def exceeded(self) -> bool:
+        """Whether that was more."""
+        return self.missed and self.mean("tokens", "average") > (self.asked or 0)
 
     def mean(self, *keys: str) -> float:
         """Mean over seeds of a nested number, such as `mean("flops", "ratio")`."""
@@ -104,10 +122,19 @@ class Sweep:
         for row in self.rows:
             if row["model"] == model and row["status"] == "ok":
                 groups.setdefault(store.dump({**setting_of(row).key, "seed": None}), []).append(row)
-        return [Point(tuple(rows), self.timings.get(rows[0]["id"])) for rows in groups.values()]
+        points = [Point(tuple(rows), self.timings.get(rows[0]["id"])) for rows in groups.values()]
+        names = short_names({point.setting.label for point in points})
+        return [replace(point, short=names[point.setting.label]) for point in points]
 
     def unreachable(self, model: str) -> list[Row]:
         return [row for row in self.rows if row["model"] == model and row["status"] != "ok"]
+
+
+def short_names(labels: Collection[str]) -> dict[str, str]:
+    """Labels without the folders of the paths in them, but for those that would then be the same."""
+    short = {label: re.sub(r"[^\s=,()]*/", "", label) for label in labels}
+    often = Counter(short.values())
+    return {label: name if often[name] == 1 else label for label, name in short.items()}
 
 
 def read_sweep(folder: Path) -> Sweep:
@@ -143,8 +170,23 @@ def lines(points: Iterable[Point]) -> dict[tuple[str, str], list[Point]]:
     out: dict[tuple[str, str], list[Point]] = {}
     for point in points:
         if point.setting.method != UNPRUNED:
-            out.setdefault((point.setting.label, point.setting.positions), []).append(point)
+            out.setdefault((point.name, point.setting.positions), []).append(point)
     return {key: sorted(own, key=lambda point: point.mean("tokens", "average")) for key, own in out.items()}
+
+
+def standing(points: Sequence[Point]) -> dict[str, float]:
+    """Name -> mean accuracy over all budgets of the sweep; one that a method cannot keep to counts as random's."""
+    pruned = [point for point in points if point.setting.method != UNPRUNED]
+    chance = {point.setting.keep: point.accuracy for point in pruned if point.setting.method == "random"}
+    out = {}
+    for name in dict.fromkeys(point.name for point in pruned):
+        own: dict[Any, list[float]] = {}
+        for point in pruned:
+            if point.name == name and not point.exceeded:
+                own.setdefault(point.setting.keep, []).append(point.accuracy)
+        reached = {keep: fmean(values) for keep, values in own.items()}
+        out[name] = fmean({**chance, **reached}.values())
+    return out
 
 
 def pareto(points: Sequence[Point], cost: Callable[[Point], float | None]) -> list[Point]:
