@@ -133,23 +133,28 @@ class Adapter(ABC):
             positions = positions[1:]
         return self.language_model.rotary_emb(hidden, positions)  # type: ignore[operator]
 
-    def queries_and_keys(
-        self, layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor]:
-        """Queries [B, H, S, d] and keys [B, G, S, d] of a decoder layer for the hidden states [B, S, D] that enter it.
+    def queries(self, layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Queries [B, H, S, d] of a decoder layer for the hidden states [B, S, D] that enter it.
 
-        Normed, projected and rotated (None: not rotated) as the layer does it; G key heads serve H query heads.
+        Normed, projected and rotated (None: not rotated) as the layer does it.
         """
+        return self._projected("q", layer, hidden, rotary)
+
+    def keys(self, layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Keys [B, G, S, d], likewise; G key heads serve H query heads."""
+        return self._projected("k", layer, hidden, rotary)
+
+    def _projected(self, part: str, layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         attention: Any = layer.self_attn
         hidden = layer.input_layernorm(hidden)  # type: ignore[operator]
-        shape = (*hidden.shape[:-1], -1, attention.head_dim)
-        queries, keys = attention.q_proj(hidden).view(shape), attention.k_proj(hidden).view(shape)
-        if hasattr(attention, "q_norm"):
-            queries, keys = attention.q_norm(queries), attention.k_norm(keys)
-        queries, keys = queries.transpose(1, 2), keys.transpose(1, 2)
+        rows = getattr(attention, f"{part}_proj")(hidden).view(*hidden.shape[:-1], -1, attention.head_dim)
+        if hasattr(attention, f"{part}_norm"):
+            rows = getattr(attention, f"{part}_norm")(rows)
+        rows = rows.transpose(1, 2)
         if rotary is None:
-            return queries, keys
-        return vars(sys.modules[type(attention).__module__])["apply_rotary_pos_emb"](queries, keys, *rotary)
+            return rows
+        rotate = vars(sys.modules[type(attention).__module__])["apply_rotary_pos_emb"]
+        return rotate(rows, rows, *rotary)[0]
 
     def turned(self, layer: nn.Module, keys: Tensor, by: Tensor) -> Tensor:
         """Cached keys [B, G, N, d] of a decoder layer as they were `by` (int64 [..., B, N]) positions further on."""

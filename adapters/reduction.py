@@ -128,8 +128,7 @@ class Reduction:
         return features, self._place, self._into, self._size
 
     def _keys(self, layer: int) -> Tensor:
-        _, keys, _ = self.tower.queries_and_keys(self.tower.attentions[layer], self._inputs[layer], {})
-        return keys.float().mean(1)
+        return self.tower.heads("k", self.tower.attentions[layer], self._inputs[layer]).float().mean(1)
 
     def _after_tower(self, module: nn.Module, args: Any, output: Any) -> None:
         last = self.tower.feature_layer

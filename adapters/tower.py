@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +109,10 @@ class Tower:
         into = merges[max(behind)] if behind else None
         if signal in ("encoder_keys", "cls_keys"):
             return self.keys(attention, hidden, signal == "cls_keys", into)
-        q, k, mask = self.queries_and_keys(attention, hidden, kwargs)
+        if signal.startswith("cls_"):
+            q, k, mask = self.heads("q", attention, hidden[:, :1]), self.heads("k", attention, hidden), None
+        else:
+            q, k, mask = self.queries_and_keys(attention, hidden, kwargs)
         if signal in ("received_logits", "given_logits"):
             scores = self._mean_logits(q, k, mask, signal == "given_logits")
         elif signal.startswith("received"):
@@ -118,9 +121,9 @@ class Tower:
             scores = received / count
         elif signal == "cls_logits_last":
             scale = q.shape[-1] ** -0.5
-            scores = (q[:, :, :1].float() @ k.float().mT * scale).mean(1)[:, 0]
+            scores = (q.float() @ k.float().mT * scale).mean(1)[:, 0]
         else:
-            scores = attention_scores(q[:, :, :1], k, mask=mask, reduce="rows")[:, 0]
+            scores = attention_scores(q, k, mask=mask, reduce="rows")[:, 0]
         if into is not None:
             scores = scores.gather(1, into)
         return self.flat(scores[:, self.prefix :], mask)
@@ -143,18 +146,18 @@ class Tower:
         self, attention: Any, hidden: Tensor, kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Queries and keys [groups, H, S, d] of patches that see each other, and which are real (None: all)."""
-        norm = (getattr(attention, "q_norm", None), getattr(attention, "k_norm", None))
-        made = []
-        for project, normed in zip((attention.q_proj, attention.k_proj), norm):
-            rows = project(hidden)
-            rows = rows if normed is None else normed(rows)
-            made.append(rows.view(*rows.shape[:-1], attention.num_heads, -1).transpose(1, 2))
-        return made[0], made[1], None
+        return self.heads("q", attention, hidden), self.heads("k", attention, hidden), None
+
+    def heads(self, part: Literal["q", "k"], attention: Any, hidden: Tensor) -> Tensor:
+        """Queries or keys [groups, H, S, d] of hidden states [groups, S, C]."""
+        rows = getattr(attention, f"{part}_proj")(hidden)
+        norm = getattr(attention, f"{part}_norm", None)
+        rows = rows if norm is None else norm(rows)
+        return rows.view(*rows.shape[:-1], attention.num_heads, -1).transpose(1, 2)
 
     def keys(self, attention: Any, hidden: Tensor, cls: bool, into: Tensor | None) -> Tensor:
         """Keys before RoPE, mean over heads: of the patches, or of CLS."""
-        _, k, _ = self.queries_and_keys(attention, hidden, {})
-        mean = k.float().mean(1)
+        mean = self.heads("k", attention, hidden).float().mean(1)
         if into is not None:
             mean = mean.gather(1, into[..., None].expand(-1, -1, mean.shape[-1]))
         return mean[:, 0] if cls else mean[:, self.prefix :].flatten(0, 1)

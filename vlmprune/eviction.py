@@ -65,7 +65,7 @@ class Eviction:
         cos, sin = (part.expand(len(hidden), -1, -1)[row, last][:, None] for part in rotary)
         module = self.adapter.decoder_layers[layer]
         with choosing():
-            self._queries[layer], _ = self.adapter.queries_and_keys(module, hidden[row, last][:, None], (cos, sin))
+            self._queries[layer] = self.adapter.queries(module, hidden[row, last][:, None], (cos, sin))
 
     def after_step(self, cache: Any, course: Course, live: Sequence[Live]) -> list[dict[int, Tensor]]:
         """Behind a forward pass: cut the cache if it is due. Per item and layer, which of its tokens are held."""

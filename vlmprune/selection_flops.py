@@ -102,15 +102,16 @@ class _Tower:
         rows = grid[0] * grid[1] + self.prefix
         if self._rows is not None:
             rows = self._rows[(self.layers if name.endswith("_last") else self.depth) - 1]
-        # Packed towers project values along.
-        project = (6 if self.packed else 4) * rows * self.width**2
+        one = 2 * rows * self.width**2  # of all queries, or keys
+        # Packed towers project queries, keys and values together.
+        keys, project = (3 * one, 3 * one) if self.packed else (one, 2 * one)
         if name in ("projector_inputs", "encoder_features", "cls_features"):
             return 0
         if name in ("cls_attention", "cls_attention_last", "cls_logits_last"):
-            return project + 2 * rows * self.width
+            return keys + 2 * self.width * (self.width + rows)
         if name in ("received_attention", "received_attention_last"):
             return project + 2 * (rows - self.prefix) * rows * self.width
-        return project
+        return keys if name in ("encoder_keys", "cls_keys") else project
 
 
 class _Decoder:
@@ -124,7 +125,9 @@ class _Decoder:
     def __init__(self, config: Any, heads: tuple[int, int, int], text: int, items: Sequence[int]) -> None:
         of_queries, of_keys, size = heads
         self.text, self.length = text, text + sum(items)
-        self.project = 2 * config.hidden_size * (of_queries + of_keys) * size  # query and key of one position
+        self.query, self.key = (
+            2 * config.hidden_size * heads * size for heads in (of_queries, of_keys)
+        )  # of one token
         self.look = 2 * of_queries * size  # one query at one key
         self.inner = config.intermediate_size
 
@@ -132,8 +135,8 @@ class _Decoder:
         """`live` are the tokens of the items that the signal is read for."""
         following = name.startswith("next_")
         # Keys of the layer before are in the cache.
-        keys = self.length * self.project if following else 0
-        name, row = name.removeprefix("next_"), self.project + self.look * self.length
+        keys = self.length * self.key if following else 0
+        name, row = name.removeprefix("next_"), self.query + self.look * self.length
         if name == "last_attention":
             return keys + row
         if name == "text_attention":
@@ -143,11 +146,11 @@ class _Decoder:
         if name == "visual_attention":
             return keys + sum(live) * row
         if name == "inner_attention":
-            return keys + sum(tokens * (self.project + self.look * tokens) for tokens in live)
+            return keys + sum(tokens * (self.query + self.look * tokens) for tokens in live)
         if name == "instruction_queries":
-            return len(live) * self.text * self.project
+            return len(live) * self.text * self.query
         if name == "instruction_keys":
-            return sum(live) * self.project
+            return sum(live) * self.key
         if name == "activation_overlap":
             return 2 * self.length * self.inner
         return keys

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -235,20 +235,19 @@ class Signals:
         return _filled([len(columns[each.item.sample]) for each in live]).to(course.device, non_blocking=True)
 
     def _instruction_queries(self, live: Sequence[Live], everything: Sequence[Live], course: Course) -> Tensor:
-        return self._unrotated(self._instruction(live, everything, course))[0]
+        return self._unrotated(self.adapter.queries, self._instruction(live, everything, course))
 
     def _instruction_keys(self, live: Sequence[Live], everything: Sequence[Live], course: Course) -> Tensor:
         assert self.embeds is not None
         rows = [self.embeds[e.origin.sample, e.origin.where][e.index] for e in live]
-        return self._unrotated(pad_sequence(rows, batch_first=True))[1]
+        return self._unrotated(self.adapter.keys, pad_sequence(rows, batch_first=True))
 
-    def _unrotated(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries [I, S, H, d] and keys [I, S, G, d] of rows [I, S, D] in the last decoder layer, without RoPE."""
+    def _unrotated(self, part: Callable[..., Tensor], rows: Tensor) -> Tensor:
+        """Queries [I, S, H, d] or keys [I, S, G, d] of rows [I, S, D] in the last decoder layer, without RoPE."""
         layer: Any = self.adapter.decoder_layers[-1]
         device = layer.self_attn.q_proj.weight.device  # an offloaded layer is moved by its own hooks
-        made = self.adapter.queries_and_keys(layer, rows if device.type == "meta" else rows.to(device), None)
-        queries, keys = (part.transpose(1, 2).to(rows.device) for part in made)
-        return queries, keys
+        made = part(layer, rows if device.type == "meta" else rows.to(device), None)
+        return made.transpose(1, 2).to(rows.device)
 
     def _prompt_features(self, live: Sequence[Live], everything: Sequence[Live], course: Course) -> Tensor:
         assert self.embeds is not None
@@ -278,7 +277,7 @@ class Signals:
         if point is self.before and held is not None and held.shape[2] >= total:
             return held[:, :, :total].to(point.hidden.device)
         # No cache, a sliding window that forgets, or a layer that has yet to run.
-        _, keys = self.adapter.queries_and_keys(layer, point.hidden, _wide(point))
+        keys = self.adapter.keys(layer, point.hidden, _wide(point))
         if total == now:
             return keys
         if held is None or held.shape[2] < total - now:
@@ -296,7 +295,7 @@ class Signals:
         cos, sin = (part[row[:, None], place] for part in _wide(point))
         hidden = point.hidden[row[:, None], place]
         layer = self.adapter.decoder_layers[point.layer]
-        return self.adapter.queries_and_keys(layer, hidden, (cos, sin))[0]
+        return self.adapter.queries(layer, hidden, (cos, sin))
 
     def _last_attention(
         self, live: Sequence[Live], everything: Sequence[Live], course: Course, *, following: bool
@@ -381,7 +380,7 @@ class Signals:
         point = self._point(True, "next_plain_keys")
         cos, sin = _wide(point)
         layer = self.adapter.decoder_layers[point.layer]
-        _, keys = self.adapter.queries_and_keys(layer, point.hidden, (torch.ones_like(cos), torch.zeros_like(sin)))
+        keys = self.adapter.keys(layer, point.hidden, (torch.ones_like(cos), torch.zeros_like(sin)))
         mean = keys.float().mean(1)
         return pad_sequence([mean[e.item.sample, e.item.where] for e in live], batch_first=True)
 

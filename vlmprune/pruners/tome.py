@@ -45,7 +45,7 @@ class ToMe(Merging):
         return soft_match(metric, pairs, prefix)
 
     def metric_flops(self, rows: int, sizes: Sizes) -> tuple[int, int]:
-        return sizes.encoder_key, 4 * rows * sizes.encoder_width**2
+        return sizes.encoder_key, 2 * rows * sizes.encoder_width**2
 
     def match_flops(self, rows: int, pairs: int, prefix: int, progress: float, width: int) -> int:
         return bipartite_flops(rows, width)
