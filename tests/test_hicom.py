@@ -396,13 +396,7 @@ def test_the_trainer_counts_what_generate_says(training: Any) -> None:
     assert 0 < sum(said) < len(said), "a setting that tells both cases apart"
 
 
-def test_errors_of_the_trained_form(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"hicom needs trained weights.*hicom_local"):
-        vlmprune.create_pruner("hicom")
-    with pytest.raises(ValueError, match=r"not a folder that training/condense.py --method hicom wrote"):
-        vlmprune.create_pruner("hicom", weights=tmp_path)
-    with pytest.raises(ValueError, match="weights of 'vqtoken', not of 'hicom'"):
-        vlmprune.create_pruner("hicom", weights=random_weights.vqtoken())
+def test_errors_of_the_trained_form() -> None:
     with pytest.raises(ValueError, match=r"hicom needs kernel=\(frames, rows and columns\)"):
         vlmprune.create_pruner("hicom", weights=random_weights.hicom(), kernel=(0, 1))
     tokens = asked(rows(16, 6), shapes=[Geometry.grid(4, 4)])

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import random_weights
 import torch
 from fakes import picks, rows, tokens_of
 from hypothesis import given, settings
@@ -225,10 +224,6 @@ def test_save_load_and_errors(tmp_path: Path) -> None:
     assert (again.hidden, again.width, again.heads, again.grid) == (16, 8, 2, (2, 3, 3))
     for name, value in module.state_dict().items():
         torch.testing.assert_close(again.state_dict()[name], value, atol=1e-3, rtol=1e-3)
-    with pytest.raises(ValueError, match=r"vqtoken needs trained weights.*kmeans_tokens"):
-        vlmprune.create_pruner("vqtoken")
-    with pytest.raises(ValueError, match="weights of 'hicom', not of 'vqtoken'"):
-        vlmprune.create_pruner("vqtoken", weights=random_weights.hicom())
     with pytest.raises(ValueError, match="for a language model of width 16, this one has 6"):
         vlmprune.VQToken(weights=tmp_path).select(tokens_of(rows(9, 6)), torch.tensor([4]))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,33 @@ def save_module(module: nn.Module, folder: str | Path, dtype: torch.dtype = torc
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
+def trained_module(method: str, kind: type[M], weights: str | Path | M | None, source: str, instead: str) -> M:
+    """What a pruner was given as `weights`: the module itself, or the one that `kind.load` reads from a folder.
+
+    A folder is read once for as long as its files stay as they are.
+
+    Args:
+        source: what such folders come from, for the error.
+        instead: method to use without weights, for the error.
+
+    Raises:
+        ValueError: nothing, something else, or a folder that cannot be read.
+    """
+    if isinstance(weights, kind):
+        return weights
+    if weights is None:
+        raise ValueError(f"{method} needs trained weights: give weights= a folder that {source}, or use {instead}")
+    if not isinstance(weights, str | Path):
+        raise ValueError(f"{method} takes as weights= a folder or a {kind.__name__}, got a {type(weights).__name__}")
+    files = (Path(weights) / name for name in ("config.json", "model.safetensors"))
+    return _read(kind, str(weights), tuple(file.stat().st_mtime_ns for file in files if file.exists()))
+
+
+@functools.lru_cache(maxsize=2)
+def _read(kind: Any, folder: str, written: tuple[int, ...]) -> Any:
+    return kind.load(folder)
+
+
 def load_module(folder: str | Path, method: str, script: str, build: Callable[[dict[str, Any]], M]) -> M:
     """Read what `save_module` wrote, on the CPU, in fp32 and in evaluation mode.
 
@@ -37,6 +65,7 @@ def load_module(folder: str | Path, method: str, script: str, build: Callable[[d
     Raises:
         ValueError: no such folder, weights of another method, or weights that do not fit their config.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = Path(folder)
@@ -46,9 +75,10 @@ def load_module(folder: str | Path, method: str, script: str, build: Callable[[d
             raise ValueError(f"these are weights of {config.get('method')!r}, not of {method!r}")
         module = build(config)
         module.load_state_dict(load_file(folder / "model.safetensors"))
-    except (OSError, AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (OSError, AttributeError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        why = " ".join(str(error).split())  # PyTorch's take several lines
         raise ValueError(
-            f"weights {str(folder)!r} are not a folder that {script} wrote (config.json and model.safetensors): {error}"
+            f"weights {str(folder)!r} are not a folder that {script} wrote (config.json and model.safetensors): {why}"
         ) from error
     return module.eval().requires_grad_(False)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vlmprune.contract import Geometry, Keep, Positions, Pruner, Selection, Sizes, VisualTokens
 from vlmprune.pruners._schedule import layer_average, stage_counts, stage_layers, stage_ratios
 from vlmprune.pruners._top import top_indices
-from vlmprune.pruners._weights import load_module, save_module
+from vlmprune.pruners._weights import load_module, save_module, trained_module
 from vlmprune.registry import register_pruner
 
 LAYERS = (5, 15, 25)  # modules behind layers 4, 14 and 24 of 32
@@ -226,11 +226,12 @@ class ATP(_Scored):
     position (Eq. 9 to 11 at infinite temperature).
 
     There is no official code and the weights are not public: `weights` is a folder written by `training/atp.py`
-    (safetensors and json, a few kB), trained for one language model; `vlmprune.bundled.atp_weights()` is that of the
-    bundled model. Without weights there is `atp-calibrated`. The paper leaves open, and was decided here: S_self after
-    the softmax, over the tokens that can see a token; both scores scaled to [0, 1] item by item; grids of three strides
-    for S_sp, so that its threshold chooses a density; a module's input are ten statistics of the scores; the average
-    wanted is one of them, so that one training serves a range of `keep`.
+    (safetensors and json, a few kB), trained for one language model, or the modules themselves;
+    `vlmprune.bundled.atp_weights()` is that of the bundled model. Without weights there is `atp-calibrated`. The paper
+    leaves open, and was decided here: S_self after the softmax, over the tokens that can see a token; both scores
+    scaled to [0, 1] item by item; grids of three strides for S_sp, so that its threshold chooses a density; a module's
+    input are ten statistics of the scores; the average wanted is one of them, so that one training serves a range of
+    `keep`.
 
     `keep` is the average over decoder layers and over the data that the weights were trained on; an item keeps more or
     fewer. At least one token stays behind each module.
@@ -238,7 +239,7 @@ class ATP(_Scored):
 
     keep: Keep = AVERAGE
     positions: Positions = "original"
-    weights: str | Path | None = None
+    weights: str | Path | ThresholdModules | None = None
 
     name: ClassVar[str] = "atp"
     paper: ClassVar[str] = "arXiv 2412.00447"
@@ -249,11 +250,9 @@ class ATP(_Scored):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.weights is None:
-            raise ValueError(
-                "atp needs trained weights: give weights= a folder that training/atp.py wrote, or use atp-calibrated"
-            )
-        self._modules = ThresholdModules.load(self.weights)
+        self._modules = trained_module(
+            self.name, ThresholdModules, self.weights, "training/atp.py wrote", "atp-calibrated"
+        )
 
     def layers(self, depth: int) -> tuple[int, ...]:
         if depth != self._modules.depth:

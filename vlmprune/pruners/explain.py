@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vlmprune.contract import Keep, Positions, Pruner, Selection, Sizes, VisualTokens
 from vlmprune.pruners._top import top_indices
-from vlmprune.pruners._weights import load_module, save_module
+from vlmprune.pruners._weights import load_module, save_module, trained_module
 from vlmprune.registry import register_pruner
 
 CHANNELS = (32, 64, 128, 256, 512)
@@ -165,14 +165,14 @@ class Explain(_FirstLayer):
     for the answer (`relevance_row`; the lower half of it set to 0); the highest stay, round(keep N), at least one.
 
     No code or weights are public: `weights` is a folder written by `training/explain.py`, for one language model and
-    prompt template. Without weights there is `first_layer_attention`. The paper leaves open, and was decided here:
-    kernels of 5, GELU, no norms, mean over heads, original positions, and the last token's row where no text follows
-    the image.
+    prompt template, or the mapper itself. Without weights there is `first_layer_attention`. The paper leaves open, and
+    was decided here: kernels of 5, GELU, no norms, mean over heads, original positions, and the last token's row where
+    no text follows the image.
     """
 
     keep: Keep = 0.5
     positions: Positions = "original"
-    weights: str | Path | None = None
+    weights: str | Path | Mapper | None = None
 
     name: ClassVar[str] = "explain"
     paper: ClassVar[str] = "arXiv 2506.01097"
@@ -182,12 +182,9 @@ class Explain(_FirstLayer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.weights is None:
-            raise ValueError(
-                "explain needs trained weights: give weights= a folder that training/explain.py wrote, or use "
-                "first_layer_attention"
-            )
-        self._mapper = Mapper.load(self.weights)
+        self._mapper = trained_module(
+            self.name, Mapper, self.weights, "training/explain.py wrote", "first_layer_attention"
+        )
 
     def selection_flops(self, sizes: Sizes) -> int:
         return 2 * sizes.tokens * sum(weight.numel() for weight in self._mapper.parameters() if weight.dim() > 1)

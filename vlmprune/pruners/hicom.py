@@ -13,7 +13,7 @@ from torch.nn.functional import cosine_similarity
 from torch.nn.utils.rnn import pad_sequence
 
 from vlmprune.contract import Keep, Positions, Presets, Pruner, Selection, VisualTokens
-from vlmprune.pruners._weights import check_width, load_module, save_module
+from vlmprune.pruners._weights import check_width, load_module, save_module, trained_module
 from vlmprune.pruners._windows import SIDE, TIME, Windows
 from vlmprune.pruners.scope import Given, given_scores
 from vlmprune.registry import register_pruner
@@ -302,7 +302,7 @@ class HICom(_Windowed):
     keep: Keep = 680 / (32 * 27 * 27)
     positions: Positions = "compact"
     kernel: tuple[int, int] | None = None
-    weights: str | Path | HIComModules | None = field(default=None, compare=False)
+    weights: str | Path | HIComModules | None = None
 
     name: ClassVar[str] = "hicom"
     paper: ClassVar[str] = "arXiv 2503.16036"
@@ -313,11 +313,7 @@ class HICom(_Windowed):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_kernel(self.name, self.kernel)
-        if self.weights is None:
-            raise ValueError(
-                f"hicom needs trained weights: give weights= a folder that {SCRIPT} wrote, or use hicom_local"
-            )
-        self._modules = self.weights if isinstance(self.weights, HIComModules) else HIComModules.load(self.weights)
+        self._modules = trained_module(self.name, HIComModules, self.weights, f"{SCRIPT} wrote", "hicom_local")
 
     def globals_of(self, keep: int) -> int:
         return self._modules.queries if self.kernel else min(self._modules.queries, keep // 4)

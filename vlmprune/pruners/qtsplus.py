@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import json
 import math
 import numbers
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from vlmprune.contract import Keep, Positions, Pruner, Selection, Sizes, VisualTokens
 from vlmprune.pruners._top import top_indices
-from vlmprune.pruners._weights import check_width, load_module, load_part, save_module
+from vlmprune.pruners._weights import check_width, load_module, load_part, save_module, trained_module
 from vlmprune.registry import register_pruner
 
 PREFIX = "model.qts_plus.selector."
@@ -300,11 +299,6 @@ class TokenSelector(nn.Module):
             raise ValueError(f"the config.json of {str(folder)!r} describes no QTSplus selector: {what}") from error
 
 
-@functools.lru_cache(maxsize=2)
-def _loaded(folder: str, written: tuple[int, ...]) -> TokenSelector:
-    return TokenSelector.load(folder)
-
-
 class _Counted(Pruner):
     def budget(self, counts: Sequence[int], layer: int = 0, depth: int = 1) -> Sequence[int | None]:
         if isinstance(self.keep, numbers.Integral):
@@ -325,7 +319,8 @@ class QTSplus(_Counted):
 
     `weights` is a folder: one that `training/qtsplus.py` wrote, or a published checkpoint (a whole model, of which the
     selector alone is read: language model and vision tower in use should be those it was trained with, which further
-    fine-tuning changes). Without weights there is `qtsplus-training-free`.
+    fine-tuning changes); or the selector itself, as it is at the first call. Without weights there is
+    `qtsplus-training-free`.
 
     Differences. Positions are renumbered, as in the official code, but not on M-RoPE families (Qwen-VL): there the
     official code numbers all tokens of the prompt 0, 1, 2, ... on all three axes, which is all that published weights
@@ -337,7 +332,7 @@ class QTSplus(_Counted):
 
     keep: Keep = None  # type: ignore[assignment]  # as predicted
     positions: Positions = "compact"
-    weights: str | Path | None = None
+    weights: str | Path | TokenSelector | None = None
     reencode: bool = True
 
     name: ClassVar[str] = "qtsplus"
@@ -348,13 +343,8 @@ class QTSplus(_Counted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.weights is None:
-            raise ValueError(
-                "qtsplus needs trained weights: give weights= a folder that training/qtsplus.py wrote or a QTSplus "
-                "checkpoint, or use qtsplus-training-free"
-            )
-        files = (Path(self.weights) / name for name in ("config.json", "model.safetensors"))
-        self._selector = _loaded(str(self.weights), tuple(f.stat().st_mtime_ns for f in files if f.exists()))
+        source = "training/qtsplus.py wrote or of a QTSplus checkpoint"
+        self._selector = trained_module(self.name, TokenSelector, self.weights, source, "qtsplus-training-free")
         self._placed: tuple[torch.device, torch.dtype, TokenSelector] | None = None
 
     def layers(self, depth: int) -> tuple[int, ...]:

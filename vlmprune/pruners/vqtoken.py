@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ from torch.nn.functional import cosine_similarity, normalize
 from vlmprune.contract import Geometry, Keep, Positions, Pruner, Selection, VisualTokens
 from vlmprune.kernels import max_min_select, merge_tokens, pairwise_cosine
 from vlmprune.pruners._places import fill_up, placed, remaining
-from vlmprune.pruners._weights import check_width, load_module, save_module
+from vlmprune.pruners._weights import check_width, load_module, save_module, trained_module
 from vlmprune.registry import register_pruner
 
 BLOCK = 1 << 26  # entries of the table of similarities held at a time, 256 MiB in fp32
@@ -321,7 +321,7 @@ class VQToken(_Clustered):
 
     keep: Keep = MOST
     positions: Positions = "compact"
-    weights: str | Path | VQAttention | None = field(default=None, compare=False)
+    weights: str | Path | VQAttention | None = None
     elbow: bool = False
     least: int = LEAST
     most: int = MOST
@@ -334,11 +334,7 @@ class VQToken(_Clustered):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.weights is None:
-            raise ValueError(
-                f"vqtoken needs trained weights: give weights= a folder that {SCRIPT} wrote, or use kmeans_tokens"
-            )
-        self._module = self.weights if isinstance(self.weights, VQAttention) else VQAttention.load(self.weights)
+        self._module = trained_module(self.name, VQAttention, self.weights, f"{SCRIPT} wrote", "kmeans_tokens")
 
     def finish(self, tokens: VisualTokens, rows: Tensor, into: Tensor) -> Tensor:
         check_width(self.name, SCRIPT, self._module.hidden, tokens)
