@@ -110,7 +110,7 @@ PRUNERS = {
         PrunerCase(
             "mustdrop", ({"keep": 0.5, "output_aware_cache": False}, {"level": 200.0, "output_aware_cache": False})
         ),
-        PrunerCase("yopo", ({"keep": 0.5}, {"keep": 0.3})),
+        PrunerCase("yopo", ({"keep": 0.5}, {"keep": 0.4})),
         PrunerCase("corematching", ({"keep": 0.5}, {"elbow": True, "match": "core"})),
         PrunerCase("gsearch", ({"keep": 0.5}, {"query": "last"}), searched),
         PrunerCase("psigmoid", ({"keep": 0.5, "start": 1}, {"keep": 0.8})),

@@ -17,7 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import vlmprune
-from vlmprune import ask, bundled, demo
+from vlmprune import ask, bundled, demo, methods_table
 from vlmprune.cli import app
 from vlmprune.contract import Pruner
 
@@ -67,6 +67,23 @@ def test_methods_lists_every_pruner():
         assert name in shown.stdout
     assert "keep=0.098" in shown.stdout
     assert "2503.02175" in shown.stdout
+    assert "    Keep the visual tokens that lie farthest apart: greedy max-min diversity under cosine distance.\n" in (
+        shown.stdout
+    )
+
+
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_methods_wraps_between_words_on_a_terminal(width, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", call("methods").stdout)
+    assert max(map(len, shown.splitlines())) <= width
+    words = " ".join(shown.split())
+    for method in methods_table.methods():
+        assert f"{method.name} {method.stage}; " in words
+        assert " ".join(method.summary.split()) in words
+        assert " ".join(method.settings) in words
+        assert f"families: {method.where}; {method.paper}" in words
 
 
 def direct(chat: ask.Chat, keep: float | None) -> str:

@@ -82,6 +82,7 @@ def test_budgets_and_items_apart() -> None:
     assert pruner.budget([576], 9, 32) == [230]
     assert pruner.layers(28) == (8,)
     assert vlmprune.CoreMatching(elbow=True, keep=1.0).budget([576], 9, 32) == [576]
+    assert vlmprune.CoreMatching(elbow=True, keep=1).budget([576, 1], 9, 32) == [None, 1]
     overlap = [torch.tensor([3.0, 9.0, 9.0, 3.0, 3.0]), torch.tensor([1.0, 1.0, 8.0])]
     tokens = tokens_of(rows(5, 4), rows(3, 4), layer=1, activation_overlap=overlap)
     assert picks(pruner.select(tokens, torch.tensor([3, 1]))) == [[0, 1, 2], [2]]

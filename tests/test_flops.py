@@ -7,6 +7,7 @@ import json
 import math
 
 import pytest
+import random_weights
 import torch
 from cases import BATCHES
 from families import FAMILIES
@@ -781,6 +782,30 @@ def test_keep_as_a_share_of_the_cost(name, target):
         vlmprune.Compose(vlmprune.DivPrune(keep="kv:0.5", positions="original"), vlmprune.FastV(keep=0.9))
     with pytest.raises(ValueError, match=r'"kv:0\.3"'):
         prune(model, "divprune", keep="watts:0.3")
+
+
+def test_methods_whose_ratio_cannot_be_solved_for_each_prompt():
+    model = FAMILIES["llava-clip-llama"].model()
+    with pytest.raises(ValueError, match=r"tome acts inside the vision tower.*solve_keep finds for 'flops:0.5'"):
+        prune(model, "tome", keep="flops:0.5")
+    with pytest.raises(ValueError, match="only a run can tell its cost"):
+        prune(model, "atp", keep="flops:0.5", weights=random_weights.atp())
+
+
+@pytest.mark.parametrize("method", ["tome", "pitome", "visiondrop", "divprune"])
+@pytest.mark.parametrize("share", [0.9, 0.6])
+def test_a_run_costs_what_was_solved_for(method, share):
+    """Within 1 % on the bundled model, also for methods that merge inside the vision tower."""
+    model, processor = bundled.load()
+    scene = bundled.demo_scenes()[0]
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": scene.questions[0].text}]}]
+    prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
+    inputs = processor(images=scene.image, text=prompt, return_tensors="pt")
+    text = inputs["input_ids"].shape[1] - 144
+    keep = solve_keep(model, method, f"flops:{share}", text_tokens=text, visual_tokens=144, images=1)
+    with torch.no_grad(), prune(model, method, keep=keep) as session:
+        model(**inputs, logits_to_keep=1)
+    assert 0.99 * share <= session.last.flops_pruned / session.last.flops_full <= share
 
 
 class Adaptive(Half):

@@ -370,6 +370,46 @@ def test_instruction_is_the_last_turn_of_the_user() -> None:
         assert (signals["instruction"][number, len(words) :] == 0).all()
 
 
+OF_THE_PROMPT = frozenset(
+    {"text_mask", "text_features", "text_attention", "next_text_attention", "last_attention", "next_last_attention"}
+    | {"all_attention", "visual_attention", "instruction", *TRANSITIONS, *OVERLAPS}
+)
+
+
+def test_no_signal_reads_the_answers_of_training() -> None:
+    """With labels, prompts that go on with their answers give what the prompts alone give, at every stage."""
+    family = FAMILIES["llava-clip-llama"]
+    model = model_of(family)
+    inputs = family.inputs([[1, ("image", 0), 2, 3, 4], [5, ("image", 1), 7, 8, ("image", 0), 9, 9]])
+    answer = torch.tensor([[11, 12], [13, -100]])
+    ids = torch.cat([inputs["input_ids"], answer.clamp(min=0)], 1)
+    full = {
+        **inputs,
+        "input_ids": ids,
+        "attention_mask": torch.cat([inputs["attention_mask"], (answer >= 0).long()], 1),
+    }
+    labels = torch.cat([torch.full_like(inputs["input_ids"], -100), answer], 1)
+    seen = []
+    for call in (inputs, {**full, "labels": labels}, full, {**full, "labels": ids}):
+        probe = Probe(wanted=OF_THE_PROMPT, drop=3)
+        with torch.no_grad(), vlmprune.prune(model, probe):
+            model(**call)
+        seen.append({layer: signals for layer, (_, signals, _) in probe.seen.items()})
+    alone, trained, plain, throughout = seen
+    assert alone.keys() == set(STAGES)
+    for layer, signals in alone.items():
+        assert signals.keys() == (OF_THE_PROMPT if layer else OF_THE_PROMPT - LATER)
+        for name, value in signals.items():
+            torch.testing.assert_close(trained[layer][name], value, msg=lambda why, name=name: f"{name}: {why}")
+            torch.testing.assert_close(throughout[layer][name], plain[layer][name])
+    differ = {name for name, value in alone[2].items() if not _alike(value, plain[2][name])}
+    assert differ >= {"text_mask", "text_attention", "last_attention", "all_attention", "transition", "core_overlap"}
+
+
+def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one.float(), other.float(), atol=1e-6)
+
+
 def test_optional_and_alternative_signals() -> None:
     for name, cls in (("llava-clip-llama", True), ("llava-siglip-qwen2", False)):
         wanted = ["cls_features?", "cls_attention|received_attention", "received_attention"]

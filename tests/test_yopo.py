@@ -13,7 +13,7 @@ import vlmprune
 
 def test_published_layer() -> None:
     assert vlmprune.YOPO().layers(32) == (20,)
-    assert vlmprune.YOPO(keep=0.01).layers(32) == (1,)
+    assert vlmprune.YOPO(keep=1 / 32).layers(32) == (1,)
     assert vlmprune.YOPO(keep=0.99).layers(32) == (31,)
 
 
@@ -28,5 +28,13 @@ def test_later_layers_see_text_alone_and_keep_is_the_average() -> None:
 
 
 def test_keep_is_a_ratio() -> None:
-    with pytest.raises(ValueError, match="keep of yopo is a ratio"):
-        vlmprune.YOPO(keep=20)
+    for keep in (20, "flops:0.5"):
+        with pytest.raises(ValueError, match="keep of yopo is a ratio"):
+            vlmprune.YOPO(keep=keep)
+
+
+def test_less_than_the_first_layer_alone_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"yopo cannot keep 0.01 on average.*alone averages 0\.0312"):
+        vlmprune.YOPO(keep=0.01).layers(32)
+    with pytest.raises(ValueError, match=r"cannot keep 0.3 on average.*averages 0\.333; use a larger keep"):
+        vlmprune.prune(model_of(FAMILIES["llava-clip-llama"]), "yopo", keep=0.3)

@@ -14,6 +14,7 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from typer.core import TyperGroup
@@ -465,27 +466,26 @@ def methods() -> None:
     """List the pruning methods with their published settings."""
     from vlmprune import methods_table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("method\n[dim]stage[/]", no_wrap=True)
-    table.add_column("published settings", no_wrap=True)
-    table.add_column("what it does\n[dim]listens to the question, trained, model families, paper[/]")
+    console = _out()
+
+    def show(text: str, indent: int = 0) -> None:
+        # A pipe gets whole lines, which tools can search.
+        padded = Padding(text, (0, 0, 0, indent)) if console.is_terminal else " " * indent + text
+        console.print(padded, highlight=False, soft_wrap=not console.is_terminal)
+
     for method in methods_table.methods():
         traits = (
+            method.stage,
             "query-aware" if method.query_aware else "blind to the question",
             "trained" if method.trained else "training-free",
-            f"families: {method.where}",
-            method.paper,
         )
-        table.add_row(
-            f"[bold]{escape(method.name)}[/]\n[dim]{escape(method.stage)}[/]",
-            escape("\n".join(method.settings)),
-            f"{escape(method.summary)}\n[dim]{escape('; '.join(traits))}[/]",
-            end_section=True,
-        )
-    console = _out()
-    console.print(table)
+        show(f"[bold]{escape(method.name)}[/]  [dim]{escape('; '.join(traits))}[/]")
+        show(escape(method.summary), 4)
+        show(f"[cyan]{escape(' '.join(method.settings))}[/]", 4)
+        show(f"[dim]families: {escape(method.where)}; {escape(method.paper)}[/]", 4)
+        console.print()
     for name, paper, why in methods_table.LEFT_OUT:
-        console.print(f"[dim]left out: {escape(f'{name} ({paper}): {why}.')}[/]", highlight=False)
+        show(f"[dim]left out: {escape(f'{name} ({paper}): {why}.')}[/]")
 
 
 def _watch(

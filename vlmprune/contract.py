@@ -88,6 +88,11 @@ def budget(count: int, keep: Keep) -> int:
     return min(int(keep), count) if isinstance(keep, numbers.Integral) else round(float(keep) * count)
 
 
+def is_all(keep: Keep | str) -> bool:
+    """Whether `keep` is the ratio 1.0, which leaves everything as it is; 1 is a count."""
+    return not isinstance(keep, numbers.Integral) and keep == 1.0
+
+
 @dataclass(frozen=True)
 class Geometry:
     """Where each of an item's N visual tokens sits in the picture.

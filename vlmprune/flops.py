@@ -368,6 +368,8 @@ def solve_keep(
     least = 1 / min(counts)
     if not possible(least):  # methods inside the decoder have a floor of their own
         least = _boundary(least, 1.0, possible)[1]
+        if least > 1 - 1e-6:
+            cost(1 - 1e-6)  # none is possible: why, the error says
     if cost(least) > share:
         raise ValueError(
             f"keep={target!r} cannot be met: keep={least:.3g}, the least that {method.name} can keep here, costs "

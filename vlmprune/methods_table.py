@@ -74,11 +74,7 @@ class Method:
     @classmethod
     def of(cls, pruner: type[Pruner] | type[FrameSelector], families: dict[str, Any]) -> Method:
         about = " ".join((pruner.__doc__ or "").split("\n\n")[0].split())
-        fields = tuple(
-            f"{item.name}={'...' if item.default is dataclasses.MISSING else item.default}"
-            for item in dataclasses.fields(pruner)
-            if item.init
-        )
+        fields = tuple(f"{item.name}={_shown(item.default)}" for item in dataclasses.fields(pruner) if item.init)
         return cls(
             pruner.name,
             pruner.stage,
@@ -99,6 +95,12 @@ class Method:
         if not missing:
             return "all"
         return f"all but {', '.join(missing)}" if len(missing) <= len(self.families) else ", ".join(self.families)
+
+
+def _shown(default: Any) -> str:
+    if default is dataclasses.MISSING:
+        return "..."
+    return str(round(default, 6) if isinstance(default, float) else default)
 
 
 def _but(data: dict[str, Any], name: str) -> tuple[str, ...] | None:

@@ -153,7 +153,10 @@ class Session:
     def _check_solvable(self) -> None:
         """Raise ValueError where no `keep` can be solved for."""
         if self.pruner.encoder_layers(2):
-            raise ValueError(f"{self.pruner.name} acts inside the vision tower: give it a ratio or a count.")
+            raise ValueError(
+                f"{self.pruner.name} acts inside the vision tower, before the prompt is known: give it a ratio or "
+                f"a count, such as vlmprune.flops.solve_keep finds for {self.pruner.keep!r} and prompts of one shape."
+            )
         # Whatever the prompt: is it a method whose cost can be told beforehand?
         solve_keep(self.adapter.config, self.pruner, "kv:1.0", text_tokens=1, visual_tokens=256)
 
@@ -277,11 +280,8 @@ class Session:
             self._last = self._new_report(course)
         if items:
             self._eviction.begin(self._live, seen, embeds.device)
-            labels = self._call.get("labels")
-            if labels is not None:  # in training the answer is there too, and is no part of the question
-                asked = labels.cpu() == -100
-                shown = asked if shown is None else shown & asked
-            self._signals.begin(course, embeds, self._call.get("ids"), items, shown)
+            replies = self._replies(course)
+            self._signals.begin(course, embeds, self._call.get("ids"), items, shown, replies)
         if 0 in self._stages:
             if items and self._signals.wants_here:
                 positions, _ = course.arguments(0, embeds)
@@ -299,6 +299,17 @@ class Session:
             "attention_mask": mask,
             CACHE_ARGUMENT: course.cache,
         }
+
+    def _replies(self, course: Course) -> Tensor | None:
+        """bool [B, S], on the CPU: columns that the model is trained to say; None where nothing is.
+
+        Rows that have labels throughout tell prompt and answer apart no more, and have none.
+        """
+        labels = self._call.get("labels")
+        if labels is None:
+            return None
+        replies = labels.cpu() != -100
+        return replies & (course.host_shown() & ~replies).any(1, keepdim=True)
 
     def _before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The short way of a decode step: nothing here looks at what a tensor holds, or leaves anything behind."""

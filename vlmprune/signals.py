@@ -82,9 +82,16 @@ class Signals:
         self.course = None
         self.all_items: Sequence[Item] = ()
         self.all_shown: Tensor | None = None
+        self.replies: Tensor | None = None
 
     def begin(
-        self, course: Course, embeds: Tensor, ids: Tensor | None, items: Sequence[Item], shown: Tensor | None
+        self,
+        course: Course,
+        embeds: Tensor,
+        ids: Tensor | None,
+        items: Sequence[Item],
+        shown: Tensor | None,
+        replies: Tensor | None = None,
     ) -> None:
         """A prompt with images enters the language model.
 
@@ -93,8 +100,10 @@ class Signals:
             ids: int64 [B, S], on the CPU.
             items: where they are in it.
             shown: bool [B, S], on the CPU, False for padding.
+            replies: bool [B, S], on the CPU, what the model is trained to say. No signal reads it: methods would choose
+                by what is not there in use.
         """
-        self.course, self.ids, self.all_items, self.all_shown = course, ids, items, shown
+        self.course, self.ids, self.all_items, self.all_shown, self.replies = course, ids, items, shown, replies
         if self.wanted & {"instruction", "instruction_queries", "instruction_keys", "prompt_features", "text_features"}:
             self.embeds = embeds
 
@@ -140,7 +149,7 @@ class Signals:
         cosine = cosine_similarity(x, y, dim=-1)
         ratio = y.norm(dim=-1) / x.norm(dim=-1).clamp(min=1e-12)
         if "transition" in self.wanted:
-            shown = self.course.host_shown().to(x.device, non_blocking=True)
+            shown = self._prompt(self.course).to(x.device, non_blocking=True)
             self._change("transition", ratio * (1 - cosine).masked_fill(~shown, -torch.inf).softmax(dim=1))
         if "transition_strict" in self.wanted:
             self._change("transition_strict", ratio * self._softmax_by_item(1 - cosine.abs(), self.course))
@@ -164,7 +173,7 @@ class Signals:
         if self.course is None:
             return
         if "core_overlap" in self.wanted:
-            shown = self.course.host_shown().to(args[0].device, non_blocking=True)
+            shown = self._prompt(self.course).to(args[0].device, non_blocking=True)
             self._overlaps["core_overlap"] = core_overlap(args[0], shown)
         if "activation_overlap" in self.wanted:
             active = (args[0] > 0).float()
@@ -196,9 +205,19 @@ class Signals:
 
     # Text.
 
+    def _prompt(self, course: Course) -> Tensor:
+        """bool [B, P], on the CPU: what of the sequence as it is now is prompt, no padding and no answer."""
+        shown = course.host_shown()
+        if self.replies is None:
+            return shown
+        replies = self.replies
+        if course.columns is not None:
+            replies = replies.gather(1, course.columns.clamp(min=0).cpu())
+        return shown & ~replies
+
     def _text_columns(self, live: Sequence[Live], everything: Sequence[Live], course: Course) -> list[Tensor]:
         """Per item, positions (int64, on the CPU) of the text behind it in the sequence as it is now."""
-        shown = course.host_shown()
+        shown = self._prompt(course)
         out = []
         for each in live:
             row = shown[each.item.sample].clone()
@@ -212,6 +231,8 @@ class Signals:
     def _instructions(self, course: Course) -> list[Tensor]:
         """`question_columns` of the call."""
         shown = torch.ones(course.batch, course.length, dtype=torch.bool) if self.all_shown is None else self.all_shown
+        if self.replies is not None:
+            shown = shown & ~self.replies
         return question_columns(self.adapter, self.ids, self.all_items, shown)
 
     def _last_words(self, course: Course) -> Tensor:
@@ -301,12 +322,15 @@ class Signals:
         self, live: Sequence[Live], everything: Sequence[Live], course: Course, *, following: bool
     ) -> Tensor:
         point = self._point(following, "last_attention")
-        shown = course.host_shown()
+        shown = self._prompt(course)
         last = torch.where(shown, torch.arange(shown.shape[1]), -1).amax(dim=1).to(point.hidden.device)
         row = torch.arange(len(point.hidden), device=point.hidden.device)
         query = self._queries(point, row, last[:, None])
-        keys = self._keys(point, course)
-        scores = attention_scores(query, keys, mask=point.held, reduce="rows")[:, 0, -point.hidden.shape[1] :]
+        keys, held = self._keys(point, course), point.held
+        if self.replies is not None:  # which stand behind it
+            place = torch.arange(held.shape[1], device=held.device) - (held.shape[1] - point.hidden.shape[1])
+            held = held & (place <= last[:, None])
+        scores = attention_scores(query, keys, mask=held, reduce="rows")[:, 0, -point.hidden.shape[1] :]
         return pad_sequence([scores[e.item.sample, e.item.where] for e in live], batch_first=True)
 
     def _text_attention(
@@ -326,7 +350,7 @@ class Signals:
     def _all_attention(self, live: Sequence[Live], everything: Sequence[Live], course: Course) -> Tensor:
         point = self._point(False, "all_attention")
         keys, past = self._keys(point, course), point.held.shape[1] - point.hidden.shape[1]
-        shown, made = course.host_shown(), dict[int, Tensor]()
+        shown, made = self._prompt(course), dict[int, Tensor]()
         for each in live:
             if (sample := each.item.sample) not in made:
                 place = shown[sample].nonzero().flatten().to(keys.device, non_blocking=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from vlmprune.contract import Keep, Patches, Pruner, Reduced, Selection, Sizes, VisualTokens, budget
+from vlmprune.contract import Keep, Patches, Pruner, Reduced, Selection, Sizes, VisualTokens, budget, is_all
 from vlmprune.kernels import merge_plan, merge_tokens
 from vlmprune.kernels.merge import Matching
 
@@ -70,15 +69,11 @@ class Merging(Pruner):
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         return frozenset({"encoder_kept"} if self.where == "encoder" else ())
 
-    @property
-    def _all(self) -> bool:
-        return not isinstance(self.keep, numbers.Integral) and self.keep == 1.0
-
     def encoder_layers(self, depth: int) -> tuple[int, ...]:
-        return () if self._all or self.where == "boundary" else tuple(range(depth))
+        return () if is_all(self.keep) or self.where == "boundary" else tuple(range(depth))
 
     def budget(self, counts: Sequence[int], layer: int = 0, depth: int = 1) -> Sequence[int | None]:
-        if self._all or self.where == "boundary":
+        if is_all(self.keep) or self.where == "boundary":
             return super().budget(counts, layer, depth)
         return [None] * len(counts)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from vlmprune.contract import Keep, Pruner
+from vlmprune.contract import Keep, Pruner, is_all
 
 T = TypeVar("T")
 
@@ -103,6 +103,12 @@ class StagedPruner(Pruner):
             (count, *stage_counts(count, self.keep, layers, ratios, depth))[self._stage(layer, depth)]
             for count in counts
         ]
+
+    def _undecided(self, counts: Sequence[int], layer: int, depth: int) -> list[int | None]:
+        """None, behind a stage, where only `select` can tell how much is left; all of items that `keep` spares."""
+        pruned = self._stage(layer, depth) > 0 and not is_all(self.keep)
+        whole = isinstance(self.keep, numbers.Integral)
+        return [None if pruned and not (whole and self.keep >= count) else count for count in counts]
 
     def _stage(self, layer: int, depth: int) -> int:
         """Stages at or before `layer`."""

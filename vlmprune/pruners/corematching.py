@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -34,7 +33,7 @@ class CoreMatching(StagedPruner):
     `keep` is the average over layers; the default keeps the 40 % that the code names as alternative. `elbow=True` is
     the published choice: scores above the point of the sorted curve farthest from its chord (`elbow_value`). Ties fall
     with it, so that equal scores would keep nothing: 5 % stay at least, and one token. The count then depends on the
-    image, and `keep` below 1.0 has no further say.
+    image, and `keep` only spares: with 1.0, or an image of no more tokens than a count, all stay.
     """
 
     keep: Keep = (9 + 23 * 0.4) / 32
@@ -66,9 +65,7 @@ class CoreMatching(StagedPruner):
     def budget(self, counts: Sequence[int], layer: int = 0, depth: int = 32) -> Sequence[int | None]:
         if not self.elbow:
             return super().budget(counts, layer, depth)
-        whole = isinstance(self.keep, numbers.Integral)
-        pruned = self._stage(layer, depth) > 0 and self.keep != 1.0
-        return [None if pruned and not (whole and self.keep >= count) else count for count in counts]
+        return self._undecided(counts, layer, depth)
 
     def selection_flops(self, sizes: Sizes) -> int:
         return 0

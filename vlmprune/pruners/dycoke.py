@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlmprune.contract import Geometry, Keep, Selection, Sizes, VisualTokens
+from vlmprune.contract import Geometry, Keep, Selection, Sizes, VisualTokens, is_all
 from vlmprune.pruners._top import top_indices
 from vlmprune.pruners._video import FrameMethod, cosine, first_true, spread
 from vlmprune.registry import register_pruner
@@ -56,8 +56,7 @@ class DyCoke(FrameMethod):
         return bool(self.drop)
 
     def cache_layers(self, depth: int) -> tuple[int, ...]:
-        whole = isinstance(self.keep, float) and self.keep == 1.0
-        return () if whole or not self.drop else tuple(range(min(self.layer, depth - 1), depth))
+        return () if is_all(self.keep) or not self.drop else tuple(range(min(self.layer, depth - 1), depth))
 
     def cache_budget(self, count: int, left: int, layer: int, depth: int) -> int:
         return max(1, int(left * (1 - self.drop) + 1e-6)) if left and layer in self.cache_layers(depth) else left

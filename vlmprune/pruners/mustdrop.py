@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -20,6 +19,7 @@ from vlmprune.contract import (
     VisualTokens,
     budget,
     check_keep,
+    is_all,
 )
 from vlmprune.kernels import merge_tokens
 from vlmprune.pruners._merging import representatives
@@ -117,7 +117,7 @@ class MustDrop(StagedPruner):
 
     @property
     def _in_tower(self) -> bool:
-        return self.tower_keep is not None and self.keep != 1.0
+        return self.tower_keep is not None and not is_all(self.keep)
 
     def layers(self, depth: int) -> tuple[int, ...]:
         return ((0,) if self._in_tower else ()) + self.decoder_stages(depth)
@@ -153,9 +153,7 @@ class MustDrop(StagedPruner):
             return [None] * len(counts)
         if self.level is None:
             return super().budget(counts, layer, depth)
-        whole = isinstance(self.keep, numbers.Integral)
-        pruned = self._stage(layer, depth) > 0 and self.keep != 1.0
-        return [None if pruned and not (whole and self.keep >= count) else count for count in counts]
+        return self._undecided(counts, layer, depth)
 
     def cache_layers(self, depth: int) -> tuple[int, ...]:
         """Layers, of `depth`, whose cache shrinks behind the prefill to the visual tokens that the last layer has.
@@ -164,7 +162,7 @@ class MustDrop(StagedPruner):
         keep all, those behind hold no other.
         """
         layers = self.decoder_stages(depth)
-        on = layers and self.output_aware_cache and self.keep != 1.0
+        on = layers and self.output_aware_cache and not is_all(self.keep)
         return tuple(range(layers[0] - 1, layers[-1])) if on else ()
 
     def cache_budget(self, count: int, left: int, layer: int, depth: int) -> int:

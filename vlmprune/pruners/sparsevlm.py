@@ -103,9 +103,7 @@ class SparseVLM(StagedPruner):
 
     def budget(self, counts: Sequence[int], layer: int = 0, depth: int = 32) -> Sequence[int | None]:
         if self.rank_scale is not None:
-            pruned = self._stage(layer, depth) > 0 and self.keep != 1.0
-            whole = isinstance(self.keep, numbers.Integral)
-            return [None if pruned and not (whole and self.keep >= count) else count for count in counts]
+            return self._undecided(counts, layer, depth)
         layers, ratios = self.layers(depth), stage_ratios(self.layer_list, self.ratios, depth, self.model_depth)
         stage = self._stage(layer, depth)
         return [(count, *_schedule(count, self.keep, layers, ratios, depth, self.recycle))[stage] for count in counts]

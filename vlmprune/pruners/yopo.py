@@ -24,7 +24,8 @@ class YOPO(Pruner):
     cut computation on tokens rather than tokens, and are not part of this package.
 
     `keep` is the average over decoder layers, hence the share of layers that see the tokens, rounded to whole layers,
-    at least one: published 20 of 32. It cannot be a count, for every item leaves at the same layer.
+    at least one: published 20 of 32. It cannot be a count, for every item leaves at the same layer; nor a share of the
+    cost, which another layer would meet for every prompt.
     """
 
     keep: Keep = 0.625
@@ -36,10 +37,15 @@ class YOPO(Pruner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.keep, numbers.Integral):
+        if isinstance(self.keep, numbers.Integral | str):
             raise ValueError(f"keep of yopo is a ratio (the share of layers that see visual tokens), got {self.keep!r}")
 
     def layers(self, depth: int) -> tuple[int, ...]:
+        if self.keep * depth < 1 - 1e-9:
+            raise ValueError(
+                f"yopo cannot keep {self.keep} on average: the first of {depth} layers sees every token, which alone "
+                f"averages {1 / depth:.3g}; use a larger keep"
+            )
         return (max(1, min(round(self.keep * depth), depth - 1)),)
 
     def budget(self, counts: Sequence[int], layer: int = 0, depth: int = 32) -> list[int]:
