@@ -90,10 +90,10 @@ class PositionPolicy(str, Enum):
     compact = "compact"
 
 
-PrunerName = Annotated[str, typer.Option("--pruner", help="Method; `vlmprune methods` lists them.")]
 bench = typer.Typer(help="Time what the package does on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
+PrunerName = Annotated[str, typer.Option("--pruner", help="Method; `vlmprune methods` lists them.")]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="A method's own setting, name=value; repeat for several.", show_default=False),
@@ -150,7 +150,7 @@ def demo(
     console.print(_demo_table(rows, console.width))
     console.print(_demo_summary(rows, chat, repeats), highlight=False)
     for path in job.write(rows, chat, method, out):
-        console.print(f"wrote [bold]{escape(str(path))}[/]", highlight=False, soft_wrap=True)
+        _wrote(console, path)
 
 
 @app.command()
@@ -268,20 +268,20 @@ def ask(
     assert report is not None
     console, notes = _out(), _err()
     for path, part in zip(video or [], clips):
-        notes.print(f"[dim]{escape(_watched(path, part))}[/]", highlight=False, soft_wrap=True)
+        _note(_watched(path, part))
     if clips and getattr(chat.processor, "video_processor", None) is None:
-        notes.print(f"[dim]{escape(chat.name)} takes no videos: it sees their frames as images.[/]", highlight=False)
+        _note(f"{chat.name} takes no videos: it sees their frames as images.")
     if full is not None:
         console.print(_compare_table(full, pruned, method))
         console.print(f"[dim]median of {repeats} after a warm-up; {escape(chat.settings)}[/]", highlight=False)
     else:
         console.print(pruned.text, markup=False, highlight=False, soft_wrap=True)
-        notes.print(f"[dim]{escape(f'{method.name}: {report}')}[/]", highlight=False, soft_wrap=True)
+        _note(f"{method.name}: {report}")
     if not report.changed and keep is None:
         notes.print(f"[yellow]{method.name} keeps all tokens unless told otherwise: add --keep.[/]", highlight=False)
     if overlay is not None:
         _write_overlay(overlay, chat, inputs, question, full, pruned, method, clips)
-        notes.print(f"wrote [bold]{escape(str(overlay))}[/]", highlight=False, soft_wrap=True)
+        _wrote(notes, overlay)
 
 
 @app.command()
@@ -367,7 +367,7 @@ def report(
 
         paths = write_report(results, out or results)
     for path in paths:
-        _out().print(f"wrote [bold]{escape(str(path))}[/]", highlight=False, soft_wrap=True)
+        _wrote(_out(), path)
 
 
 @bench.command(
@@ -431,7 +431,7 @@ def e2e(
     _out().print(_e2e_table(result))
     if out is not None:
         bench_e2e.write(result, out)
-        _out().print(f"wrote [bold]{escape(str(out))}[/]", highlight=False, soft_wrap=True)
+        _wrote(_out(), out)
 
 
 def _e2e_table(result: dict[str, Any]) -> Table:
@@ -505,7 +505,7 @@ def _watch(
             watching.add(frame, seconds)
             status.update(escape(str(watching.report)))
         console.print(watching.ask(question, max_new_tokens), markup=False, highlight=False, soft_wrap=True)
-        notes.print(f"[dim]{escape(f'{watching.pruner.name}: {watching.report}')}[/]", highlight=False, soft_wrap=True)
+        _note(f"{watching.pruner.name}: {watching.report}")
 
 
 def _clips(
@@ -718,6 +718,15 @@ def _cropped(picture: Image, tool: Any) -> Image:
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
     return picture.crop((left, top, left + side, top + side))
+
+
+def _wrote(console: Console, path: Path) -> None:
+    console.print(f"wrote [bold]{escape(str(path))}[/]", highlight=False, soft_wrap=True)
+
+
+def _note(text: str) -> None:
+    """An aside, on standard error."""
+    _err().print(f"[dim]{escape(text)}[/]", highlight=False, soft_wrap=True)
 
 
 def _out() -> Console:

@@ -16,10 +16,10 @@ import itertools
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vlmprune.contract import TARGETS, Pruner, budget, parse_target
 from vlmprune.conventions import COUNTER, find_convention
@@ -231,47 +231,83 @@ def estimate_flops(
             kv_cache_bytes(config, layer_tokens=ends, **cache),
         )
 
-    depth = config.text_config.num_hidden_layers
-    full: list[float] = [text_tokens + sum(counts)] * depth
-    pruned, held, left = list(full), list(full), counts
-    selection: int | None = 0
-    pruned_from, rows = None, None
+    full: list[float] = [text_tokens + sum(counts)] * config.text_config.num_hidden_layers
+    way = _Way(full, full)
     if pruner is not None and counts:
-        rows, inside = _encoder(pruner, config, images + frames, bool(frames), sum(counts))
-        by_layer = [counts] * depth
-        for stage in pruner.layers(depth):
-            reached = left
-            left = [min(pair) for pair in zip(left, _left(pruner, counts, stage, depth, inside))]
-            by_layer[stage:] = [left] * (depth - stage)
-            choosing = selection_flops(
-                config,
-                pruner,
-                stage,
-                list(zip(counts, reached, left)),
-                heads=_heads(config.text_config),
-                text=math.ceil(text_tokens),
-                grids=images + frames,
-                video=bool(frames),
-                rows=rows,
-                encoded=stage != pruner.layers(depth)[0],
-            )
-            selection = None if selection is None or choosing is None else selection + batch * choosing
-            if left != reached and pruned_from is None:
-                pruned_from = stage
-        pruned = [text_tokens + sum(own) for own in by_layer]
-        cut = pruner.cache_layers(depth)
-        for layer in cut:
-            cached = (pruner.cache_budget(count, now, layer, depth) for count, now in zip(counts, by_layer[layer]))
-            by_layer[layer] = list(cached)
-        held = [text_tokens + sum(own) for own in by_layer]
-        if selection is not None and cut:
-            lengths = [math.ceil(count) for count in pruned]
-            selection += batch * cache_flops(pruner, config, _heads(config.text_config), lengths, depth)
-        pruned_from = min((each for each in (pruned_from, *cut) if each is not None), default=None)
+        way = _way(pruner, config, text_tokens, counts, images, frames)
     prefill_full, decode_full, kv_full, end_full = cost(full, full, None, None)
-    prefill, decode, kv, end = cost(pruned, held, pruned_from, rows)
+    prefill, decode, kv, end = cost(way.tokens, way.held, way.pruned_from, way.rows)
+    selection = None if way.selection is None else batch * way.selection
     return FlopsEstimate(
-        full[-1], pruned[-1], prefill_full, prefill, decode_full, decode, kv_full, kv, end_full, end, selection
+        full[-1], way.tokens[-1], prefill_full, prefill, decode_full, decode, kv_full, kv, end_full, end, selection
+    )
+
+
+class _Way(NamedTuple):
+    """One row's way through a model.
+
+    Attributes:
+        tokens: positions that each decoder layer computes.
+        held: positions that each layer's cache holds behind the prefill.
+        pruned_from: first decoder layer with a pruned cache.
+        rows: of a picture in each layer of the vision tower; None: all patches.
+        selection: FLOPs of choosing; None where the method does not declare its own.
+    """
+
+    tokens: list[float]
+    held: list[float]
+    pruned_from: int | None = None
+    rows: Rows = None
+    selection: int | None = 0
+
+
+def _way(
+    pruner: Pruner,
+    config: Any,
+    text_tokens: float,
+    counts: Sequence[int],
+    images: Sequence[Grid],
+    frames: Sequence[Grid],
+) -> _Way:
+    """The way of `text_tokens` and of items of `counts` tokens under a pruner, stage by stage."""
+    depth, heads = config.text_config.num_hidden_layers, _heads(config.text_config)
+    grids, video = [*images, *frames], bool(frames)
+    rows, inside = _encoder(pruner, config, grids, video, sum(counts))
+    stages, left, by_layer = pruner.layers(depth), list(counts), [list(counts)] * depth
+    pruned_from: int | None = None
+    selection: int | None = 0
+    for stage in stages:
+        reached = left
+        left = [min(pair) for pair in zip(left, _left(pruner, counts, stage, depth, inside))]
+        by_layer[stage:] = [left] * (depth - stage)
+        choosing = selection_flops(
+            config,
+            pruner,
+            stage,
+            list(zip(counts, reached, left)),
+            heads=heads,
+            text=math.ceil(text_tokens),
+            grids=grids,
+            video=video,
+            rows=rows,
+            encoded=stage != stages[0],
+        )
+        selection = None if selection is None or choosing is None else selection + choosing
+        if left != reached and pruned_from is None:
+            pruned_from = stage
+    tokens = [text_tokens + sum(own) for own in by_layer]
+    cut = pruner.cache_layers(depth)
+    for layer in cut:
+        cached = (pruner.cache_budget(count, now, layer, depth) for count, now in zip(counts, by_layer[layer]))
+        by_layer[layer] = list(cached)
+    if selection is not None and cut:
+        selection += cache_flops(pruner, config, heads, [math.ceil(count) for count in tokens], depth)
+    return _Way(
+        tokens,
+        held=[text_tokens + sum(own) for own in by_layer],
+        pruned_from=min((each for each in (pruned_from, *cut) if each is not None), default=None),
+        rows=rows,
+        selection=selection,
     )
 
 
@@ -360,9 +396,10 @@ def solve_keep(
 
     def possible(keep: float) -> bool:
         try:
-            return cost(keep) >= 0
+            cost(keep)
         except ValueError:
             return False
+        return True
 
     cost(1.0)  # what is wrong whatever the budget shows here
     least = 1 / min(counts)
@@ -380,7 +417,7 @@ def solve_keep(
     return _boundary(least, 1.0, lambda keep: cost(keep) > share)[0]
 
 
-def _boundary(low: float, high: float, beyond: Any) -> tuple[float, float]:
+def _boundary(low: float, high: float, beyond: Callable[[float], bool]) -> tuple[float, float]:
     """Where `beyond` turns true between `low` (where it is false) and `high`, from both sides."""
     while high - low > 1e-9:
         middle = (low + high) / 2
@@ -468,7 +505,6 @@ def decode_flops(
         raise ValueError(
             f"a decode step sees at least itself: layer_tokens must not be negative or 0, got {min(keys)}."
         )
-
     windows = _windows(config, pruned_from)
 
     def step(number: int) -> Flops:
@@ -592,9 +628,7 @@ def _scaled(value: float, base: int, units: Sequence[str]) -> str:
 def _vision(config: Any, pictures: Pictures, video: bool, rows: Rows) -> tuple[int, int]:
     """FLOPs of (tower, projector) over all these pictures."""
     family, tower, projector = FAMILIES[config.model_type], 0, 0
-    if isinstance(pictures, int):
-        pictures = family.pictures(config, 1)[:1] * pictures
-    for grid, times in Counter(pictures).items():
+    for grid, times in Counter(_grids(config, pictures)).items():
         each = family.cost(config, grid, video, rows)
         tower, projector = tower + times * each[0], projector + times * each[1]
     return tower, projector

@@ -47,7 +47,8 @@ def trained_module(method: str, kind: type[M], weights: str | Path | M | None, s
     if not isinstance(weights, str | Path):
         raise ValueError(f"{method} takes as weights= a folder or a {kind.__name__}, got a {type(weights).__name__}")
     files = (Path(weights) / name for name in ("config.json", "model.safetensors"))
-    return _read(kind, str(weights), tuple(file.stat().st_mtime_ns for file in files if file.exists()))
+    written = tuple(file.stat().st_mtime_ns for file in files if file.exists())
+    return _read(kind, str(weights), written)  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=2)
