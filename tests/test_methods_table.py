@@ -62,3 +62,10 @@ def test_plug_ins_are_not_tried() -> None:
         name: ClassVar[str] = "foreign"
 
     assert methods_table.Method.of(Foreign, methods_table._data()).where == "not tried"
+
+
+def test_every_method_is_public() -> None:
+    import vlmprune.pruners
+
+    assert set(vlmprune.pruners.__all__) <= set(vlmprune.__all__)
+    assert not [name for name in vlmprune.__all__ if not hasattr(vlmprune, name)]

@@ -5,6 +5,7 @@ with vlmprune.prune(model, DivPrune(keep=0.1)) as session:
     print(session.last)
 """
 
+# ruff: noqa: F403, F405
 from __future__ import annotations
 
 from importlib import import_module
@@ -13,50 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vlmprune.contract import Geometry, Item, Keep, Positions, Pruner, Selection, VisualTokens
     from vlmprune.flops import estimate_flops
-    from vlmprune.pruners import (
-        ATP,
-        EVS,
-        YOPO,
-        ATPCalibrated,
-        CDPruner,
-        Compose,
-        CoreMatching,
-        DivPrune,
-        DyCoke,
-        Explain,
-        FastV,
-        FastVID,
-        FirstLayerAttention,
-        FlashVID,
-        FoPru,
-        FrameFusion,
-        FreeVideoLLM,
-        GlobalCom2,
-        GSearch,
-        HICom,
-        HIComLocal,
-        HoliTom,
-        KMeansTokens,
-        Merge,
-        MMTok,
-        MustDrop,
-        PerFrame,
-        PerTile,
-        Pool,
-        PSigmoid,
-        PyramidDrop,
-        QTSplus,
-        QTSplusTrainingFree,
-        Random,
-        SparseVLM,
-        ToDRE,
-        TransPrune,
-        Uniform,
-        VidCom2,
-        VisionDrop,
-        VisionZip,
-        VQToken,
-    )
+    from vlmprune.pruners import *
     from vlmprune.registry import create_pruner, list_pruners, register_pruner
     from vlmprune.report import ItemReport, PruneReport, StageReport
     from vlmprune.session import Session, prune
@@ -64,72 +22,18 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Loaded on first use: `vlmprune --help` answers without waiting for torch.
-_lazy = {
-    "Geometry": "vlmprune.contract",
-    "Item": "vlmprune.contract",
-    "Keep": "vlmprune.contract",
-    "Positions": "vlmprune.contract",
-    "Pruner": "vlmprune.contract",
-    "Selection": "vlmprune.contract",
-    "VisualTokens": "vlmprune.contract",
-    "create_pruner": "vlmprune.registry",
-    "list_pruners": "vlmprune.registry",
-    "register_pruner": "vlmprune.registry",
-    "prune": "vlmprune.session",
-    "Session": "vlmprune.session",
-    "stream": "vlmprune.streaming",
-    "Stream": "vlmprune.streaming",
-    "StreamReport": "vlmprune.streaming",
-    "PruneReport": "vlmprune.report",
-    "ItemReport": "vlmprune.report",
-    "StageReport": "vlmprune.report",
-    "estimate_flops": "vlmprune.flops",
-    "ATP": "vlmprune.pruners",
-    "ATPCalibrated": "vlmprune.pruners",
-    "CDPruner": "vlmprune.pruners",
-    "Explain": "vlmprune.pruners",
-    "FirstLayerAttention": "vlmprune.pruners",
-    "YOPO": "vlmprune.pruners",
-    "Compose": "vlmprune.pruners",
-    "DivPrune": "vlmprune.pruners",
-    "VidCom2": "vlmprune.pruners",
-    "EVS": "vlmprune.pruners",
-    "DyCoke": "vlmprune.pruners",
-    "FastV": "vlmprune.pruners",
-    "FastVID": "vlmprune.pruners",
-    "FlashVID": "vlmprune.pruners",
-    "FoPru": "vlmprune.pruners",
-    "FrameFusion": "vlmprune.pruners",
-    "FreeVideoLLM": "vlmprune.pruners",
-    "GlobalCom2": "vlmprune.pruners",
-    "HICom": "vlmprune.pruners",
-    "HIComLocal": "vlmprune.pruners",
-    "HoliTom": "vlmprune.pruners",
-    "KMeansTokens": "vlmprune.pruners",
-    "MMTok": "vlmprune.pruners",
-    "Merge": "vlmprune.pruners",
-    "PerFrame": "vlmprune.pruners",
-    "PerTile": "vlmprune.pruners",
-    "PiToMe": "vlmprune.pruners",
-    "Pool": "vlmprune.pruners",
-    "PyramidDrop": "vlmprune.pruners",
-    "QTSplus": "vlmprune.pruners",
-    "QTSplusTrainingFree": "vlmprune.pruners",
-    "Random": "vlmprune.pruners",
-    "PSigmoid": "vlmprune.pruners",
-    "GSearch": "vlmprune.pruners",
-    "CoreMatching": "vlmprune.pruners",
-    "MustDrop": "vlmprune.pruners",
-    "SparseVLM": "vlmprune.pruners",
-    "ToDRE": "vlmprune.pruners",
-    "ToMe": "vlmprune.pruners",
-    "TokenCorrelation": "vlmprune.pruners",
-    "TransPrune": "vlmprune.pruners",
-    "Uniform": "vlmprune.pruners",
-    "VQToken": "vlmprune.pruners",
-    "VisionDrop": "vlmprune.pruners",
-    "VisionZip": "vlmprune.pruners",
+# Loaded on first use: `vlmprune --help` answers without waiting for torch. What is not named here is a method.
+_home = {
+    name: module
+    for module, names in {
+        "vlmprune.contract": ("Geometry", "Item", "Keep", "Positions", "Pruner", "Selection", "VisualTokens"),
+        "vlmprune.flops": ("estimate_flops",),
+        "vlmprune.registry": ("create_pruner", "list_pruners", "register_pruner"),
+        "vlmprune.report": ("ItemReport", "PruneReport", "StageReport"),
+        "vlmprune.session": ("Session", "prune"),
+        "vlmprune.streaming": ("Stream", "StreamReport", "stream"),
+    }.items()
+    for name in names
 }
 
 __all__ = [
@@ -201,10 +105,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _lazy:
-        return getattr(import_module(_lazy[name]), name)
+    if name in __all__:
+        return getattr(import_module(_home.get(name, "vlmprune.pruners")), name)
     raise AttributeError(f"module 'vlmprune' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_lazy])
+    return sorted({*globals(), *__all__})
