@@ -338,25 +338,32 @@ def answer(
 
 
 def _generate(chat: Chat, inputs: BatchFeature, max_new_tokens: int, min_new_tokens: int | None = None) -> Answer:
-    clock, verbosity = _Clock(), logging.get_verbosity()
-    logging.set_verbosity_error()  # sampling settings in a checkpoint's generation config are of no use here
-    try:
-        with torch.inference_mode():
-            start = time.perf_counter()
-            ids = chat.model.generate(
-                **inputs,
-                max_new_tokens=max_new_tokens,
-                min_new_tokens=min_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                streamer=clock,
-            )
-            end = time.perf_counter()
-    finally:
-        logging.set_verbosity(verbosity)
+    clock = _Clock()
+    with quiet(), torch.inference_mode():
+        start = time.perf_counter()
+        ids = chat.model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            streamer=clock,
+        )
+        end = time.perf_counter()
     new = ids[0, inputs["input_ids"].shape[1] :]
     text = chat.processor.tokenizer.decode(new, skip_special_tokens=True).strip()
     return Answer(text, len(new), clock.times[1] - start, end - start, None)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without remarks on sampling settings in a checkpoint's generation config, which are of no use here."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def compare(

@@ -21,10 +21,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
-from transformers.utils import logging
 
 from vlmprune.adapters import Adapter, adapter_for
-from vlmprune.ask import prompt_inputs
+from vlmprune.ask import prompt_inputs, quiet
 from vlmprune.cache import CACHE_ARGUMENT
 from vlmprune.contract import Geometry, Pruner, VisualTokens
 from vlmprune.flops import format_bytes
@@ -345,12 +344,8 @@ class Stream:
             ValueError: no frame yet, a question that is empty or holds a placeholder, or a closed stream.
         """
         options = {"do_sample": False, **options, "return_dict_in_generate": False}
-        verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()  # sampling settings in a checkpoint's generation config are of no use here
-        try:
+        with quiet():
             ids, length = self._generate(question, {"max_new_tokens": max_new_tokens, **options})
-        finally:
-            logging.set_verbosity(verbosity)
         return self._script.tokenizer.decode(ids[0, length:], skip_special_tokens=True).strip()
 
     def generate(self, question: str, **options: Any) -> Any:

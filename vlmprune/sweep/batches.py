@@ -90,21 +90,21 @@ class Batches:
                 pictures.append((images, clips))
                 good.append(place)
             except (ValueError, OSError) as error:
-                bad.append((place, f"sample '{sample.id}': {_line(error)}"))
+                bad.append((place, f"sample '{sample.id}': {line(error)}"))
         inputs = None
         if good:
             try:
                 inputs = self._encode([self._all[place] for place in good], pictures)
             except Exception as error:  # processors raise whatever they meet: find the samples that it is about
                 if len(good) == 1:
-                    bad.append((good[0], f"sample '{self._all[good[0]].id}': {_line(error)}"))
+                    bad.append((good[0], f"sample '{self._all[good[0]].id}': {line(error)}"))
                     good, pictures = [], []
                 else:
                     alone = [self.make([place], choose=choose) for place in good]
                     bad += [entry for batch in alone for entry in batch.bad]
                     left = [place for batch in alone for place in batch.samples]
                     if len(left) == len(good):
-                        raise ValueError(f"samples that can be read alone cannot be batched: {_line(error)}") from error
+                        raise ValueError(f"samples that can be read alone cannot be batched: {line(error)}") from error
                     again = self.make(left, number, choose)
                     return Batch(number, again.samples, again.inputs, again.pictures, (*bad, *again.bad))
         shown = tuple((*images, *(frame for clip in clips for frame in clip.images)) for images, clips in pictures)
@@ -128,5 +128,6 @@ def prepare_tokenizer(chat: Chat) -> None:
         tokenizer.pad_token = tokenizer.eos_token
 
 
-def _line(error: BaseException) -> str:
+def line(error: BaseException) -> str:
+    """What an error says, on one line and without its full stop."""
     return (" ".join(str(error).split()) or type(error).__name__).rstrip(".")

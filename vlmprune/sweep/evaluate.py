@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,8 @@ from typing import Any
 import torch
 from PIL import Image
 from transformers import BatchFeature
-from transformers.utils import logging
 
-from vlmprune.ask import Chat
+from vlmprune.ask import Chat, quiet
 from vlmprune.overlay import cells, save_image, seen_pictures
 from vlmprune.report import ItemReport, PruneReport
 from vlmprune.selection import counting_selection
@@ -164,17 +162,6 @@ def generate(chat: Chat, inputs: Any, max_new_tokens: int) -> list[str]:
         ids = chat.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
     new = ids[:, inputs["input_ids"].shape[1] :]
     return [reply.strip() for reply in chat.processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without remarks on sampling settings in a checkpoint's generation config, which are of no use here."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 @torch.inference_mode()

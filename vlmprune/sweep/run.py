@@ -19,7 +19,7 @@ from vlmprune.ask import Chat, load_chat
 from vlmprune.demo import environment
 from vlmprune.session import prune
 from vlmprune.sweep import store
-from vlmprune.sweep.batches import Batches, prepare_tokenizer
+from vlmprune.sweep.batches import Batches, line, prepare_tokenizer
 from vlmprune.sweep.config import ModelConfig, SweepConfig
 from vlmprune.sweep.data import Data, load_data
 from vlmprune.sweep.evaluate import Evaluator
@@ -186,7 +186,7 @@ class _Run:
             prune(chat.model, setting.pruner()).close()
         except ValueError as error:
             self.watch.advance(len(self._evaluate.batches))
-            self._finish(setting, chat, {"status": "not reachable", "reason": _line(error)})
+            self._finish(setting, chat, {"status": "not reachable", "reason": line(error)})
             return
         records = self._records(setting)
         answered = sum(len(record["samples"]) for record in records)
@@ -338,7 +338,7 @@ class _Run:
         try:
             measured = stopwatch(setting)
         except Exception as error:  # what answered in one batch may still fail in another, as memory does
-            self.watch.note(f"{setting.id} could not be timed: {_line(error)}")
+            self.watch.note(f"{setting.id} could not be timed: {line(error)}")
             return
         about = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), **environment(chat)}
         about["processes"] = self.state.num_processes
@@ -417,7 +417,3 @@ def _total(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 def _pair(full: float, pruned: float) -> dict[str, float]:
     return {"full": full, "pruned": pruned, "ratio": pruned / full if full else 1.0}
-
-
-def _line(error: BaseException) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__).rstrip(".")
