@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from cases import CENTRAL, PRUNERS, Staged, settings_of
@@ -25,7 +27,8 @@ from vlmprune.selection import counting_selection
 ROWS = [[("image", 0), ("image", 0), 3, 4, 5, 6, 7]] * 2
 """All text stands behind the images, as estimates take it."""
 
-UNDECLARED = {"kmeans_tokens", "vqtoken", "hicom_local", "hicom", "staged", "compose"}
+UNDECLARED = {"staged", "compose"}
+CLUSTERS = {"kmeans_tokens", "vqtoken"}
 ADAPTIVE = {
     *((name, hard) for name in ("todre", "atp", "framefusion") for hard in (False, True)),
     *((name, True) for name in ("sparsevlm", "atp-calibrated", "qtsplus", "mustdrop", "corematching")),
@@ -65,12 +68,23 @@ def test_estimate_equals_what_ran(name, hard):
     if hard not in settings_of(FAMILIES[CENTRAL], name):
         pytest.skip("not on this family")
     pruner = PRUNERS[name].make(hard)
+    if name in CLUSTERS:
+        pruner = dataclasses.replace(pruner, iterations=1, elbow=False)
     report, counted = run(CENTRAL, pruner)
     if (name, hard) in ADAPTIVE:
         with pytest.raises(ValueError, match="only a run can tell"):
             estimated(CENTRAL, pruner, report)
     else:
         assert estimated(CENTRAL, pruner, report) == (None if name in UNDECLARED else counted)
+
+
+@pytest.mark.parametrize("hard", [False, True], ids=["easy", "hard"])
+@pytest.mark.parametrize("name", sorted(CLUSTERS))
+def test_rounds_that_depend_on_the_picture_are_bounded(name, hard):
+    pruner = PRUNERS[name].make(hard)
+    report, counted = run(CENTRAL, pruner)
+    ours = estimated(CENTRAL, pruner, report)
+    assert counted < ours <= 100 * counted
 
 
 @pytest.mark.parametrize("family", ["llava-siglip-qwen2", "llava-next", "qwen2.5-vl", "internvl"])

@@ -420,6 +420,14 @@ class Sizes:
         patches = [rows * columns for rows, columns in self.grids]
         return [round(self.tokens * each / sum(patches)) for each in patches]
 
+    @property
+    def geometry(self) -> Geometry:
+        """Where its tokens would be if all its pictures were alike and none had line breaks."""
+        (rows, columns), tokens = self.grids[0], self.parts[0]
+        side = (tokens / (rows * columns)) ** 0.5
+        kind: Literal["image", "video"] = "video" if self.frames > 1 else "image"
+        return Geometry.grid(round(rows * side), round(columns * side), planes=len(self.grids), kind=kind)
+
 
 _OF_DECODER = frozenset(
     {

@@ -6,7 +6,7 @@ of the rows that are needed. What the model computes anyway (features, hidden st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from vlmprune.adapters.tower import NEEDS_CLS
@@ -80,7 +80,7 @@ def selection_flops(
     if not encoded:
         total += sum(tower.cost(name, grid) for name in names & OF_TOWER for grid in grids)
     decoder = _Decoder(config.text_config, heads, text, [tokens for _, tokens, _ in items])
-    return total + sum(decoder.cost(name, [tokens for _, tokens, _ in live], stage) for name in names - OF_TOWER)
+    return total + decoder.cost(names - OF_TOWER, [tokens for _, tokens, _ in live])
 
 
 class _Tower:
@@ -131,29 +131,33 @@ class _Decoder:
         self.look = 2 * of_queries * size  # one query at one key
         self.inner = config.intermediate_size
 
-    def cost(self, name: str, live: Sequence[int], stage: int) -> int:
-        """`live` are the tokens of the items that the signal is read for."""
-        following = name.startswith("next_")
-        # Keys of the layer before are in the cache.
-        keys = self.length * self.key if following else 0
-        name, row = name.removeprefix("next_"), self.query + self.look * self.length
+    def cost(self, names: Collection[str], live: Sequence[int]) -> int:
+        """`live` are the tokens of the items that the signals are read for."""
+        # Keys of the layer before are in the cache; those of the one behind are made once, and once unrotated.
+        following = [name for name in names if name.startswith("next_")]
+        plain = "next_plain_keys" in following
+        keys = (plain + (len(following) > plain)) * self.length * self.key
+        return keys + sum(self._cost(name.removeprefix("next_"), live) for name in names)
+
+    def _cost(self, name: str, live: Sequence[int]) -> int:
+        row = self.query + self.look * self.length
         if name == "last_attention":
-            return keys + row
+            return row
         if name == "text_attention":
-            return keys + len(live) * self.text * row
+            return len(live) * self.text * row
         if name == "all_attention":
-            return keys + self.length * row
+            return self.length * row
         if name == "visual_attention":
-            return keys + sum(live) * row
+            return sum(live) * row
         if name == "inner_attention":
-            return keys + sum(tokens * (self.query + self.look * tokens) for tokens in live)
+            return sum(tokens * (self.query + self.look * tokens) for tokens in live)
         if name == "instruction_queries":
             return len(live) * self.text * self.query
         if name == "instruction_keys":
             return sum(live) * self.key
         if name == "activation_overlap":
             return 2 * self.length * self.inner
-        return keys
+        return 0
 
 
 def cache_flops(pruner: Pruner, config: Any, heads: tuple[int, int, int], lengths: Sequence[int], depth: int) -> int:
@@ -165,7 +169,7 @@ def cache_flops(pruner: Pruner, config: Any, heads: tuple[int, int, int], length
     if "cache_attention" not in pruner.needs:
         return 0
     one = [_Decoder(config.text_config, heads, lengths[layer], ()) for layer in pruner.cache_layers(depth)]
-    return sum(each.cost("last_attention", (), 0) for each in one)
+    return sum(each.cost(["last_attention"], ()) for each in one)
 
 
 def _projection(config: Any) -> int:

@@ -429,7 +429,7 @@ class Session:
                         merged = torch.ones_like(merged) if choice.merged is None else merged | choice.merged
                     each.index, each.merged = each.index[choice.index], merged
                 each.item = moved
-        self._signals.before = self._signals.here = None
+        self._signals.passed()
         if self._last is not None and live:
             self._last.record(layer, [(each.index, each.merged) for each in live], course, timers)
         return rows

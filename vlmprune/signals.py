@@ -77,6 +77,7 @@ class Signals:
         self.embeds: Tensor | None = None
         self.before: Entering | None = None
         self.here: Entering | None = None
+        self._layer_keys: tuple[Entering, Tensor] | None = None
         self._changes: dict[str, Tensor] = {}
         self._overlaps: dict[str, Tensor] = {}
         self.course = None
@@ -138,7 +139,11 @@ class Signals:
         """Follow a cut of the sequence."""
         self._changes = {name: gather(table) for name, table in self._changes.items()}
         self._overlaps = {}
-        self.before = self.here = None
+        self.passed()
+
+    def passed(self) -> None:
+        """A stage is done with."""
+        self.before = self.here = self._layer_keys = None
 
     def _after_block(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """TransPrune (arXiv 2507.20630): (|y| / |x|) softmax of 1 - cos(x, y), as the code or the paper has it."""
@@ -290,7 +295,12 @@ class Signals:
     # Attention.
 
     def _keys(self, point: Entering, course: Course) -> Tensor:
-        """Keys [B, G, H + P, d] that the layer sees."""
+        """Keys [B, G, H + P, d] that the layer sees; made once a stage."""
+        if self._layer_keys is None or self._layer_keys[0] is not point:
+            self._layer_keys = point, self._make_keys(point, course)
+        return self._layer_keys[1]
+
+    def _make_keys(self, point: Entering, course: Course) -> Tensor:
         layer = self.adapter.decoder_layers[point.layer]
         total, now = point.held.shape[1], point.hidden.shape[1]
         layers = getattr(course.cache, "layers", None) or ()

@@ -56,6 +56,11 @@ def _read(kind: Any, folder: str, written: tuple[int, ...]) -> Any:
     return kind.load(folder)
 
 
+def products(*modules: nn.Module) -> int:
+    """FLOPs of one row through all of the modules' weights."""
+    return 2 * sum(weight.numel() for each in modules for weight in each.parameters() if weight.dim() > 1)
+
+
 def load_module(folder: str | Path, method: str, script: str, build: Callable[[dict[str, Any]], M]) -> M:
     """Read what `save_module` wrote, on the CPU, in fp32 and in evaluation mode.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vlmprune.contract import Keep, Positions, Pruner, Selection, Sizes, VisualTokens
 from vlmprune.pruners._top import top_indices
-from vlmprune.pruners._weights import load_module, save_module, trained_module
+from vlmprune.pruners._weights import load_module, products, save_module, trained_module
 from vlmprune.registry import register_pruner
 
 CHANNELS = (32, 64, 128, 256, 512)
@@ -187,7 +187,7 @@ class Explain(_FirstLayer):
         )
 
     def selection_flops(self, sizes: Sizes) -> int:
-        return 2 * sizes.tokens * sum(weight.numel() for weight in self._mapper.parameters() if weight.dim() > 1)
+        return sizes.tokens * products(self._mapper)
 
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
         attention = self._attention(tokens).float()

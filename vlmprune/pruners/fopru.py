@@ -79,8 +79,7 @@ class FoPru(Pruner):
     def selection_flops(self, sizes: Sizes) -> int:
         if self.mode == "rank":
             return 0
-        rows = [round(grid[0] * (n / (grid[0] * grid[1])) ** 0.5) for grid, n in zip(sizes.grids, sizes.parts)]
-        return 2 * len(rows) * max(rows) * max(sizes.parts)
+        return 2 * len(sizes.grids) * sizes.geometry.grids[0][0] * max(sizes.parts)
 
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
         pictures = Pictures(tokens, budget)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from torch.nn.utils.rnn import pad_sequence
 
-from vlmprune.contract import Keep, Positions, Presets, Pruner, Selection, VisualTokens
-from vlmprune.pruners._weights import check_width, load_module, save_module, trained_module
+from vlmprune.contract import Keep, Positions, Presets, Pruner, Selection, Sizes, VisualTokens
+from vlmprune.pruners._weights import check_width, load_module, products, save_module, trained_module
 from vlmprune.pruners._windows import SIDE, TIME, Windows
 from vlmprune.pruners.scope import Given, given_scores
 from vlmprune.registry import register_pruner
@@ -83,6 +83,19 @@ class _Windowed(Pruner):
         if self.kernel is None:
             return plain
         return [count if keep == count else None for keep, count in zip(plain, counts)]
+
+    def selection_flops(self, sizes: Sizes) -> int:
+        geometry, last = sizes.geometry, self.globals_of(sizes.keep)
+        if self.kernel is None:
+            windows = Windows.of_count(geometry, min(sizes.keep - last, len(geometry)))
+        else:
+            windows = Windows.of_kernel(geometry, *self.kernel)
+            last = min(last, len(geometry) - len(windows))
+        return 2 * windows.members.numel() * sizes.width + self.module_flops(sizes, len(windows), last)
+
+    def module_flops(self, sizes: Sizes, windows: int, last: int) -> int:
+        """Products of `read`, `local` and `whole`."""
+        return 0
 
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
         read = zip(*self.read(tokens))
@@ -317,6 +330,15 @@ class HICom(_Windowed):
 
     def globals_of(self, keep: int) -> int:
         return self._modules.queries if self.kernel else min(self._modules.queries, keep // 4)
+
+    def module_flops(self, sizes: Sizes, windows: int, last: int) -> int:
+        made, n, words, width = self._modules, sizes.tokens, sizes.words, self._modules.width
+        read = n * products(made.patch, made.embed) + words * products(made.word, made.reader) + 4 * words**2 * width
+        if not last:
+            return read + windows * products(made.local)
+        keys = n * products(made.values) + 4 * n * width**2
+        whole = products(made.modulate) + keys + last * (4 * width**2 + 4 * n * width + products(made.whole))
+        return read + windows * products(made.local) + whole
 
     def read(self, tokens: VisualTokens) -> tuple[Tensor, Tensor]:
         check_width(self.name, SCRIPT, self._modules.hidden, tokens)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, normalize
 
-from vlmprune.contract import Geometry, Keep, Positions, Pruner, Selection, VisualTokens
-from vlmprune.kernels import max_min_select, merge_tokens, pairwise_cosine
+from vlmprune.contract import Geometry, Keep, Positions, Pruner, Selection, Sizes, VisualTokens
+from vlmprune.kernels import max_min_flops, max_min_select, merge_tokens, pairwise_cosine
 from vlmprune.pruners._places import fill_up, placed, remaining
-from vlmprune.pruners._weights import check_width, load_module, save_module, trained_module
+from vlmprune.pruners._weights import check_width, load_module, products, save_module, trained_module
 from vlmprune.registry import register_pruner
 
 BLOCK = 1 << 26  # entries of the table of similarities held at a time, 256 MiB in fp32
@@ -145,6 +145,18 @@ class _Clustered(Pruner):
         if not self.elbow:
             return plain
         return [count if keep == count or count <= self.least else None for keep, count in zip(plain, counts)]
+
+    def selection_flops(self, sizes: Sizes) -> int:
+        """With as many iterations as there may be, and as many clusters where their number is sought."""
+        n, width = sizes.tokens, sizes.width
+        most = min(self.most, n) if self.elbow else sizes.keep
+        tried = sum(range(self.least, most + 1)) if self.elbow else 0
+        picks = (1 + self.elbow) * max_min_flops(n, most, width)
+        return picks + 2 * n * width * self.iterations * (tried + most) + self.finish_flops(most)
+
+    def finish_flops(self, clusters: int) -> int:
+        """Products of `finish`."""
+        return 0
 
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
         x, mask = normalize(tokens.features.detach().float(), dim=-1), placed(tokens)
@@ -335,6 +347,9 @@ class VQToken(_Clustered):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._module = trained_module(self.name, VQAttention, self.weights, f"{SCRIPT} wrote", "kmeans_tokens")
+
+    def finish_flops(self, clusters: int) -> int:
+        return clusters * products(self._module) + 4 * clusters**2 * self._module.width
 
     def finish(self, tokens: VisualTokens, rows: Tensor, into: Tensor) -> Tensor:
         check_width(self.name, SCRIPT, self._module.hidden, tokens)
