@@ -120,3 +120,27 @@ def run(
                 inputs = {**inputs, "mm_token_type_ids": torch.cat([types, torch.zeros_like(types[:, :1])], 1)}
             gone = {stage: torch.cat([g, torch.zeros_like(g[:, :1])], 1) for stage, g in gone.items()}
     return prefill, scores
+
+
+@torch.no_grad()
+def generate(model: Any, inputs: dict[str, Any], dropped: Dropped, policy: str, **options: Any) -> Any:
+    """The same call of generate(), every token of it by the oracle: the whole sequence again at every step.
+
+    `dropped` has a row for each row that generate() makes of the prompts (num_beams, num_return_sequences).
+    """
+    rows, length = dropped[0].shape
+    prompts = inputs["attention_mask"].repeat_interleave(rows // len(inputs["attention_mask"]), 0)
+
+    def layer_hook(layer: int) -> Any:
+        def write(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+            further = (0, args[0].shape[1] - length)
+            full = {"attention_mask": torch.nn.functional.pad(prompts, further, value=1)}
+            gone = {stage: torch.nn.functional.pad(columns, further) for stage, columns in dropped.items()}
+            return _layer_hook(model, layer, full, gone, policy, [], None)(module, args, kwargs)
+
+        return write
+
+    with ExitStack() as hooks:
+        for number, layer in enumerate(model.model.language_model.layers):
+            hooks.callback(layer.register_forward_pre_hook(layer_hook(number), with_kwargs=True).remove)
+        return model.generate(**inputs, **options, use_cache=False)

@@ -308,6 +308,19 @@ def test_a_cache_pruned_inside_the_decoder_needs_its_kind_of_session() -> None:
         generate(model, inputs, past_key_values=cache)
 
 
+def test_a_session_whose_name_was_lost() -> None:
+    model = LLAVA.model()
+    assert vlmprune.session_of(model) is None
+    vlmprune.prune(model, "divprune", keep=0.3)
+    gc.collect()
+    with pytest.raises(ValueError, match="session_of"):
+        vlmprune.prune(model, "pool", keep=0.3)
+    vlmprune.session_of(model).close()
+    assert vlmprune.session_of(model) is None
+    with vlmprune.prune(model, "pool", keep=0.3) as session:
+        assert vlmprune.session_of(model) is session
+
+
 @several
 def test_assisted_decoding_with_a_draft_model(family: str) -> None:
     """A draft model proposes, the pruned model verifies: the same answer as without."""

@@ -153,6 +153,8 @@ def test_quantised_linears(pruner: str) -> None:
 
 
 def test_quantised_cache_is_refused_in_one_sentence() -> None:
+    """On a stand-in, for the real one needs a package of its own."""
+
     class QuantizedCache(Cache):
         pass
 
@@ -160,6 +162,24 @@ def test_quantised_cache_is_refused_in_one_sentence() -> None:
     inputs = LLAVA.inputs(BATCHES["one"])
     with vlmprune.prune(LLAVA.model(), "divprune", keep=0.3) as session, pytest.raises(ValueError, match="DynamicC"):
         session.model(**inputs, past_key_values=cache)
+
+
+@both_places
+def test_the_real_quantised_cache_is_refused(pruner: str) -> None:
+    """In the prefill of generate(), before a token leaves; the model generates with it as before."""
+    pytest.importorskip("optimum.quanto")
+    model, inputs = LLAVA.model(), LLAVA.inputs(BATCHES["one"])
+    quantised = {
+        "cache_implementation": "quantized",
+        "cache_config": {"backend": "quanto", "nbits": 4, "q_group_size": 16, "residual_length": 8},
+        "max_new_tokens": 2,
+    }
+    before = generate(model, inputs, **quantised).sequences
+    session = vlmprune.prune(model, PRUNERS[pruner].make())
+    with session, pytest.raises(ValueError, match="a QuantizedCache cannot hold"):
+        generate(model, inputs, **quantised)
+    assert not session.last.changed
+    assert torch.equal(generate(model, inputs, **quantised).sequences, before)
 
 
 @pytest.mark.parametrize(

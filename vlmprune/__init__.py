@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vlmprune.pruners import *
     from vlmprune.registry import create_pruner, list_pruners, register_pruner
     from vlmprune.report import ItemReport, PruneReport, StageReport
-    from vlmprune.session import Session, prune
+    from vlmprune.session import Session, prune, session_of
     from vlmprune.streaming import Stream, StreamReport, stream
 
 __version__ = "0.1.0"
@@ -30,7 +30,7 @@ _home = {
         "vlmprune.flops": ("estimate_flops",),
         "vlmprune.registry": ("create_pruner", "list_pruners", "register_pruner"),
         "vlmprune.report": ("ItemReport", "PruneReport", "StageReport"),
-        "vlmprune.session": ("Session", "prune"),
+        "vlmprune.session": ("Session", "prune", "session_of"),
         "vlmprune.streaming": ("Stream", "StreamReport", "stream"),
     }.items()
     for name in names
@@ -100,6 +100,7 @@ __all__ = [
     "list_pruners",
     "prune",
     "register_pruner",
+    "session_of",
     "stream",
 ]
 

@@ -258,17 +258,19 @@ def _visible(mask: Tensor) -> Tensor:
     return mask if mask.dtype == torch.bool else mask == 0
 
 
-def padding_mask(mask: Any, total: int, length: int) -> Tensor:
+def padding_mask(mask: Any, total: int, length: int) -> Tensor | None:
     """The 2-D mask [B, total] (bool, False for padding) behind an `attention_mask`, for `length` new columns.
 
     For caches that can be compiled, `generate()` prepares masks [B, 1, length, >= total]; any that says no more than
-    "causal, without padding" can be read back.
+    "causal, without padding" can be read back. None where it prepared none, for attention that is causal anyway.
 
     Raises:
         ValueError: the mask does not cover the unpruned sequence, or says more.
     """
     if isinstance(mask, dict):
         mask = mask.get("full_attention", next(iter(mask.values()), None))
+        if mask is None:
+            return None
     if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
         raise ValueError(f"a session needs a 2-D attention_mask [batch, length] or None, got {type(mask).__name__}")
     if mask.shape[-1] < total or (mask.ndim == 2 and mask.shape[1] != total):

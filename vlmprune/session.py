@@ -56,6 +56,21 @@ def prune(model: nn.Module, pruner: Pruner | str, *, processor: Any = None, **se
     return Session(model, as_pruner(pruner, **settings))
 
 
+def session_of(model: nn.Module) -> Session | None:
+    """The open session of `model`, None where there is none: to close one whose name was lost.
+
+    Raises:
+        ValueError: unsupported model.
+    """
+    return _open_session(adapter_for(model).core)
+
+
+def _open_session(core: nn.Module) -> Session | None:
+    held = _sessions.get(core)
+    session = held() if held is not None else None
+    return session if session is not None and session._handles else None
+
+
 def as_pruner(pruner: Pruner | str, **settings: Any) -> Pruner:
     """The pruner that a name, or a pruner, and hyper-parameters stand for; see `prune`."""
     if isinstance(pruner, str):
@@ -136,9 +151,11 @@ class Session:
 
     def _check(self) -> None:
         adapter, pruner = self.adapter, self.pruner
-        held = _sessions.get(adapter.core)
-        if held is not None and (other := held()) is not None and other._handles:
-            raise ValueError(f"this model already has a session with {other.pruner}: close() that one first.")
+        if (other := _open_session(adapter.core)) is not None:
+            raise ValueError(
+                f"this model already has a session with {other.pruner}: close() that one first "
+                "(vlmprune.session_of(model) gives it)."
+            )
         if missing := self._signals.missing:
             raise ValueError(
                 f"{pruner.name} needs {', '.join(missing)}, which this {adapter.family} does not give: "
@@ -259,7 +276,7 @@ class Session:
             mask = padding_mask(mask, _seen(cache) + length, length)
             self._call["mask"] = mask
             # Looked at here, before the vision tower keeps a GPU busy.
-            self._call["shown"] = mask[:, -length:].cpu() if items else None
+            self._call["shown"] = mask[:, -length:].cpu() if items and mask is not None else None
 
     def _before_language_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._step, self._step_kwargs = None, {}
