@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import platform
 import tempfile
 import time
 from datetime import datetime, timezone
@@ -26,17 +25,21 @@ import torch
 
 import vlmprune
 from vlmprune.contract import SIGNALS, Geometry, VisualTokens
+from vlmprune.kernels.bench import processor_name
 from vlmprune.registry import pruner_classes
 
 DEPTH, TEXT, HEADS = 28, 32, 8
 ATTENTION = ("last_attention", "text_attention", "visual_attention")
 
 
-def fields(name: str, folder: Path) -> dict[str, Any]:
+def fields(name: str, width: int, folder: Path) -> dict[str, Any]:
     """What a method needs besides `keep`; weights are made in `folder`."""
     from vlmprune.pruners.atp import ThresholdModules
     from vlmprune.pruners.explain import Mapper
     from vlmprune.pruners.gsearch import Schedule
+    from vlmprune.pruners.hicom import HIComModules
+    from vlmprune.pruners.qtsplus import TokenSelector
+    from vlmprune.pruners.vqtoken import VQAttention
 
     if name in ("tome", "pitome"):
         return {"where": "boundary"}
@@ -49,6 +52,13 @@ def fields(name: str, folder: Path) -> dict[str, Any]:
         return {"weights": folder}
     if name == "explain":
         Mapper((8, 16)).save(folder)
+        return {"weights": folder}
+    if name == "hicom":
+        return {"weights": HIComModules(width).eval().requires_grad_(False)}
+    if name == "vqtoken":
+        return {"weights": VQAttention(width).eval().requires_grad_(False)}
+    if name == "qtsplus":  # the heads of Qwen2.5-VL-3B, for which weights are published
+        TokenSelector(width, 16, 2, DEPTH).save(folder)
         return {"weights": folder}
     return {}
 
@@ -77,6 +87,8 @@ def made_up(name: str, tokens: int, width: int, geometry: Geometry) -> torch.Ten
         "cls_features": (1, pictures, width),
         "cls_keys": (1, pictures, width // HEADS),
         "instruction": (1, TEXT, width),
+        "instruction_queries": (1, TEXT, HEADS, width // HEADS),
+        "instruction_keys": (1, tokens, HEADS, width // HEADS),
         "text_features": (1, TEXT, width),
         "prompt_features": (1, tokens, width),
         "encoder_features": (1, tokens, width),
@@ -98,7 +110,7 @@ def choose(name: str, tokens: int, width: int, keep: float, answer: Any, warm: b
     torch.manual_seed(0)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            given = fields(name, Path(folder) / "weights")
+            given = fields(name, width, Path(folder) / "weights")
             pruner = vlmprune.create_pruner(name, **{"keep": keep, **given})
         layer = pruner.layers(DEPTH)[0]
         if pruner.encoder_layers(24):
@@ -170,7 +182,13 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/memory-cpu.json"))
     options = parser.parse_args()
-    table: dict[str, Any] = json.loads(options.out.read_text())["measured"] if options.methods else {}
+    table: dict[str, Any] = {}
+    if options.methods:
+        before = json.loads(options.out.read_text())
+        sizes = {name: getattr(options, name) for name in ("tokens", "width", "keep")}
+        if sizes != {name: before[name] for name in sizes}:
+            parser.error(f"{options.out} holds figures of other sizes: give another --out or the same sizes")
+        table = before["measured"]
     signals = () if options.methods else ATTENTION
     for work, names in ((score, signals), (choose, options.methods or sorted(pruner_classes()))):
         for name in names:
@@ -188,7 +206,7 @@ def main() -> None:
                 "features_bytes": options.tokens * options.width * 4,
                 "square_map_bytes": options.tokens**2 * 4,
                 "date": datetime.now(timezone.utc).date().isoformat(),
-                "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+                "machine": f"{processor_name()}, {torch.get_num_threads()} threads",
                 "versions": {name: version(name) for name in ("torch", "vlmprune")},
                 "measured": table,
             },

@@ -355,7 +355,7 @@ def describe(device: torch.device) -> Machine:
             continue
     return Machine(
         device=device.type,
-        processor=torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        processor=torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
         threads=torch.get_num_threads(),
         copy_gb_s=round(2 * source.numel() * 4 / copy_ms / 1e6, 1),
         matmul_gflop_s=round(2 * side**3 / product_ms / 1e6, 1),
@@ -363,7 +363,8 @@ def describe(device: torch.device) -> Machine:
     )
 
 
-def _processor() -> str:
+def processor_name() -> str:
+    """The model of the CPU, or its architecture where the system does not tell."""
     try:
         with open("/proc/cpuinfo") as info:
             return next(line.split(":", 1)[1].strip() for line in info if line.startswith("model name"))
