@@ -74,6 +74,21 @@ def qtsplus_weights() -> Path:
     return _HERE / "digit-llava-qtsplus"
 
 
+def explain_weights() -> Path:
+    """Folder of the relevance mapper for the bundled model: `vlmprune.Explain(weights=bundled.explain_weights())`."""
+    return _HERE / "digit-llava-explain"
+
+
+def hicom_weights() -> Path:
+    """Folder of HICom's modules for the bundled model: `vlmprune.HICom(weights=bundled.hicom_weights())`."""
+    return _HERE / "digit-llava-hicom"
+
+
+def vqtoken_weights() -> Path:
+    """Folder of VQToken's module for the bundled model: `vlmprune.VQToken(weights=bundled.vqtoken_weights())`."""
+    return _HERE / "digit-llava-vqtoken"
+
+
 def load(dtype: torch.dtype | None = None) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """The bundled model in evaluation mode, float32 unless `dtype` says otherwise, on the CPU, and its processor."""
     import torch
