@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from fakes import rows, tokens_of
 from families import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from test_laws import Recorded, generate, model_of
 
 import vlmprune
 from vlmprune import Geometry
+from vlmprune.ask import prompt_inputs
 from vlmprune.pruners import hicom
 from vlmprune.pruners._windows import Windows, axis_windows
 
@@ -373,27 +376,48 @@ def test_training_learns(training: Any, method: str, tmp_path: Path) -> None:
         training.train(training.Settings(method="fastv"))
 
 
-def test_the_trainer_counts_what_generate_says(training: Any) -> None:
-    """Right by teacher forcing is right by greedy decoding."""
+@pytest.mark.parametrize(("data", "keep"), [(None, 9), ("digit-clips", 0.2)])
+def test_the_trainer_counts_what_generate_says(training: Any, data: str | None, keep: float) -> None:
+    """Right by teacher forcing is right by greedy decoding, for scenes and for clips."""
     pytest.importorskip("sklearn")
     pytest.importorskip("skimage")
-    model, processor = trainers.trainer("questions").load(None)
-    questions = trainers.trainer("questions").Questions(None, "validation", 2, 5)
+    asking = trainers.trainer("questions")
+    model, processor = asking.load(None, data)
+    questions = asking.Questions(data, "validation", 2, 5)
     samples = [questions[i] for i in range(8)]
-    pruner = vlmprune.create_pruner("uniform", keep=9)
+    pruner = vlmprune.create_pruner("uniform", keep=keep)
     with torch.no_grad():
-        right = training.Condensed(model, None)(trainers.batch(processor, 8, "validation", 5), pruner)["right"]
+        right = training.Condensed(model, None)(asking.collate(processor, samples), pruner)["right"]
     said = []
-    for image, question, answer in samples:
-        chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
-        prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
-        inputs = processor(images=image, text=prompt, return_tensors="pt")
+    for picture, question, answer in samples:
+        shown = ([], [picture]) if data else ([picture], [])
+        inputs = prompt_inputs(processor, question, *shown)
         with vlmprune.prune(model, pruner):
             ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)
         reply = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         said.append(reply.strip() == answer)
     assert right.tolist() == said
     assert 0 < sum(said) < len(said), "a setting that tells both cases apart"
+
+
+def test_a_file_of_pictures_and_clips_to_train_on(tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    from videos import picture, write
+
+    asking = trainers.trainer("questions")
+    Image.fromarray(picture(3)).save(tmp_path / "a.png")
+    write(tmp_path / "b.mp4", frames=20)
+    rows = [
+        {"image": "a.png", "question": "What?", "answer": "3"},
+        {"video": "b.mp4", "question": "Who?", "answer": "4"},
+    ]
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in [*rows] * 6))
+    data = asking.Questions(str(tmp_path / "data.jsonl"))
+    held = asking.Questions(str(tmp_path / "data.jsonl"), "validation")
+    assert (len(data), len(held)) == (10, 2)
+    (clip, *asked), (image, *_) = data[0], data[1]
+    assert asked == ["Who?", "4"]
+    assert (len(clip), image.size) == (16, (128, 96))
 
 
 def test_errors_of_the_trained_form() -> None:

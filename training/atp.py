@@ -7,7 +7,7 @@ modules, so that the finished ones serve a range of `keep`; what they really kee
 masks, and stored with the weights.
 
 Without `--model` and `--data` it trains on the bundled model and scenes, minutes on one CPU core. For others give a
-checkpoint and a JSON Lines file of {"image": path, "question": text, "answer": text}, and start it with
+checkpoint and a JSON Lines file of {"image" (or "video"): path, "question": text, "answer": text}, and start it with
 `accelerate launch` for several processes. Settings may also stand in a JSON file (`--config`), by the same names.
 Attention maps are needed, so the model runs with eager attention.
 """
@@ -55,7 +55,7 @@ class Settings:
 
     Attributes:
         model: checkpoint, hub id or folder; None: the bundled model.
-        data: JSON Lines file; None: scenes drawn by `vlmprune.scenes`.
+        data: JSON Lines file; "digit-clips": drawn clips, for the bundled video model; None: drawn scenes.
         start: folder of modules to go on from.
         scenes: number of these, for training and for measuring.
         steps, batch, rate, language_rate: of AdamW, cosine decay; `batch` is per process.
@@ -233,7 +233,7 @@ def train(settings: Settings) -> ThresholdModules:
     """Train, measure and save; returns the modules."""
     accelerator = Accelerator()
     set_seed(settings.seed)
-    model, processor = load(settings.model)
+    model, processor = load(settings.model, settings.data)
     depth = len(adapter_for(model).decoder_layers)
     layers = stage_layers(LAYERS, depth)
     modules = ThresholdModules(layers, depth, settings.hidden)

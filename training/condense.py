@@ -8,7 +8,7 @@ so that the finished modules serve a range of `keep`. At the end answers on held
 weights.
 
 Without `--model` and `--data` it trains on the bundled model and scenes, minutes on one CPU core. For others give a
-checkpoint and a JSON Lines file of {"image": path, "question": text, "answer": text}, and start it with
+checkpoint and a JSON Lines file of {"image" (or "video"): path, "question": text, "answer": text}, and start it with
 `accelerate launch` for several processes. Settings may also stand in a JSON file (`--config`), by the same names.
 """
 
@@ -47,7 +47,7 @@ class Settings:
     Attributes:
         method: "hicom" or "vqtoken".
         model: checkpoint, hub id or folder; None: the bundled model.
-        data: JSON Lines file; None: scenes drawn by `vlmprune.scenes`.
+        data: JSON Lines file; "digit-clips": drawn clips, for the bundled video model; None: drawn scenes.
         start: folder of modules to go on from.
         scenes: number of these, for training and for measuring.
         steps, batch, rate, language_rate: of AdamW, cosine decay behind a linear rise; `batch` is per process.
@@ -111,7 +111,7 @@ def train(settings: Settings) -> nn.Module:
         raise ValueError(f"method must be one of {', '.join(MODULES)}, not {settings.method!r}")
     accelerator = Accelerator()
     set_seed(settings.seed)
-    model, processor = load(settings.model)
+    model, processor = load(settings.model, settings.data)
     model.set_attn_implementation("sdpa")
     kind, hidden = MODULES[settings.method], adapter_for(model).text_config.hidden_size
     modules: nn.Module = kind(hidden, width=settings.width, heads=settings.heads)

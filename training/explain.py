@@ -125,7 +125,7 @@ def train(settings: Settings) -> Mapper:
     """Label, train, measure and save; returns the mapper."""
     accelerator = Accelerator()
     set_seed(settings.seed)
-    model, processor = load(settings.model)
+    model, processor = load(settings.model, settings.data)
     model.to(accelerator.device)
     gather = functools.partial(collate, processor)
     began = time.monotonic()

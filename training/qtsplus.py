@@ -47,7 +47,7 @@ class Settings:
 
     Attributes:
         model: checkpoint, hub id or folder; None: the bundled model.
-        data: JSON Lines file; None: scenes drawn by `vlmprune.scenes`.
+        data: JSON Lines file; "digit-clips": drawn clips, for the bundled video model; None: drawn scenes.
         start: folder of a selector to go on from, or a published checkpoint.
         scenes: number of these, for training and for measuring.
         steps, batch, rate: of AdamW, cosine decay; `batch` is per process.
@@ -253,7 +253,7 @@ def train(settings: Settings) -> TokenSelector:
     """Train, measure and save; returns the selector."""
     accelerator = Accelerator()
     set_seed(settings.seed)
-    model, processor = load(settings.model)
+    model, processor = load(settings.model, settings.data)
     model.set_attn_implementation("sdpa")
     model.requires_grad_(False)
     selector = selector_for(model, settings)

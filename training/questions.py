@@ -1,5 +1,5 @@
-"""What the trainers of small modules share: questions and answers (the bundled scenes, or a file of one's own), the
-model, and settings from the command line."""
+"""What the trainers of small modules share: questions and answers (bundled scenes or clips, or a file of one's own),
+the model, and settings from the command line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import json
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from PIL import Image
@@ -17,21 +17,24 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from vlmprune import bundled
+from vlmprune.ask import batch_inputs, load_image
+from vlmprune.video import Clip, read_video
 
 S = TypeVar("S")
 
 
+CLIPS = "digit-clips"
+FRAMES = 16  # read of a file of one's own
+
+Picture: TypeAlias = "Image.Image | Clip"
+
+
 class Questions(Dataset):
-    """(image, question, answer) of scenes, or of a JSON Lines file."""
+    """(picture, question, answer) of drawn scenes, of drawn clips ("digit-clips"), or of a JSON Lines file."""
 
     def __init__(self, data: str | None, split: str = "train", scenes: int = 0, seed: int = 0) -> None:
-        self.folder = Path(data).parent if data else None
-        if data:
-            lines = Path(data).read_text(encoding="utf-8").splitlines()
-            self.rows = [json.loads(line) for line in lines if line.strip()]
-            # Every tenth is held out for measuring.
-            self.rows = [row for i, row in enumerate(self.rows) if (i % 10 == 0) == (split != "train")]
-        else:
+        self.folder = Path(data).parent if data not in (None, CLIPS) else None
+        if data is None:
             from vlmprune.scenes import digit_scenes
 
             self.rows = [
@@ -39,27 +42,38 @@ class Questions(Dataset):
                 for scene in digit_scenes(split, scenes, seed)  # type: ignore[arg-type]
                 for question in scene.questions
             ]
+        elif data == CLIPS:
+            from vlmprune.video_scenes import digit_clips
+
+            self.rows = [
+                {"video": Clip.of(clip.frames, clip.fps), "question": question.text, "answer": question.answer}
+                for clip in digit_clips(split, scenes, seed)  # type: ignore[arg-type]
+                for question in clip.questions
+            ]
+        else:
+            lines = Path(data).read_text(encoding="utf-8").splitlines()
+            self.rows = [json.loads(line) for line in lines if line.strip()]
+            # Every tenth is held out for measuring.
+            self.rows = [row for i, row in enumerate(self.rows) if (i % 10 == 0) == (split != "train")]
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, str, str]:
+    def __getitem__(self, index: int) -> tuple[Picture, str, str]:
         row = self.rows[index]
-        image = row["image"]
+        picture = row["video"] if "video" in row else row["image"]
         if self.folder is not None:
-            with Image.open(self.folder / image) as file:
-                image = file.convert("RGB")
-        return image, row["question"], row["answer"]
+            path = self.folder / picture
+            picture = read_video(path, FRAMES) if "video" in row else load_image(path)
+        return picture, row["question"], row["answer"]
 
 
-def collate(processor: Any, samples: Sequence[tuple[Image.Image, str, str]]) -> dict[str, Tensor]:
+def collate(processor: Any, samples: Sequence[tuple[Picture, str, str]]) -> dict[str, Tensor]:
     """Left-padded prompts with their answers appended; `labels` are -100 but for the answers."""
-    asked = [[{"type": "image"}, {"type": "text", "text": text}] for _, text, _ in samples]
-    prompts = processor.apply_chat_template(
-        [[{"role": "user", "content": parts}] for parts in asked], add_generation_prompt=True
-    )
-    images = [[image] for image, _, _ in samples]
-    inputs = dict(processor(images=images, text=prompts, padding=True, padding_side="left", return_tensors="pt"))
+    prompts: list[tuple[str, list[Image.Image], list[Clip]]] = [
+        (text, [], [picture]) if isinstance(picture, Clip) else (text, [picture], []) for picture, text, _ in samples
+    ]
+    inputs = dict(batch_inputs(processor, prompts))
     tokenizer = processor.tokenizer
     answers = [
         [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for _, _, answer in samples
@@ -78,16 +92,20 @@ def collate(processor: Any, samples: Sequence[tuple[Image.Image, str, str]]) -> 
     return inputs
 
 
-def load(name: str | None) -> tuple[nn.Module, Any]:
-    """A model with eager attention, and its processor."""
+def load(name: str | None, data: str | None = None) -> tuple[nn.Module, Any]:
+    """A model with eager attention, the bundled one for such data by default, and its processor, which pads on the
+    left."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    model: Any
     if name is None:
-        model, processor = bundled.load()
+        model, processor = bundled.load_video() if data == CLIPS else bundled.load()
         model.set_attn_implementation("eager")
-        return model, processor
-    model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", attn_implementation="eager")
-    return model.eval(), AutoProcessor.from_pretrained(name)
+    else:
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", attn_implementation="eager").eval()
+        processor = AutoProcessor.from_pretrained(name)
+    processor.tokenizer.padding_side = "left"
+    return model, processor
 
 
 def from_arguments(kind: type[S], description: str | None) -> S:
