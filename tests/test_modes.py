@@ -23,6 +23,11 @@ UNDER_ORACLE = {
     "sampled beams": {"num_beams": 2, "do_sample": True, "top_k": 0, "output_scores": True},
 }
 """Options of generate() that need no cache."""
+IN_BEAMS = {
+    "one": [[1, 2, 3, 1, 2, ("image", 1), 3, 4, 1, 2, 3]],
+    "two": [[1, 2, ("image", 1), 3, 4], [4, ("image", 1), 3]],
+}
+"""Up to transformers 5.17 the tiles of one prompt are repeated one by one: A A B B for two rows A B. These have one."""
 SCORED = {
     "static cache": ({"cache_implementation": "static", "disable_compile": True}, ("one", "two")),
     "no cache": ({"use_cache": False}, ("one", "two")),
@@ -46,7 +51,10 @@ everywhere = pytest.mark.parametrize(
 @pytest.mark.parametrize("mode", UNDER_ORACLE)
 @pytest.mark.parametrize("batch", PROMPTS)
 def test_the_same_call_under_the_oracle(name: str, policy: str, pruner: str, mode: str, batch: str) -> None:
-    model, inputs, options = model_of(FAMILIES[name]), FAMILIES[name].inputs(PROMPTS[batch]), UNDER_ORACLE[mode]
+    family, options = FAMILIES[name], UNDER_ORACLE[mode]
+    model = model_of(family)
+    whole = hasattr(model, "_expand_multimodal_outputs") or "compact" not in family.positions
+    inputs = family.inputs((PROMPTS if whole or "num_beams" not in options else IN_BEAMS)[batch])
     torch.manual_seed(5)
     with vlmprune.prune(model, PRUNERS[pruner].make(positions=policy)) as session:
         out = generate(model, inputs, max_new_tokens=STEPS, **options)
