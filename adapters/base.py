@@ -104,7 +104,7 @@ class Adapter(ABC):
         patches = [sum(rows * cols for rows, cols in each.pictures) for each in before]
         assert geometry.sources is not None
         if signal in FROM_PROJECTOR and self.takes_tokens(geometry):
-            index = torch.arange(len(geometry))[:, None] + sum(len(each) for each in before)
+            index = torch.arange(len(geometry), device="cpu")[:, None] + sum(len(each) for each in before)
         elif signal in FROM_PROJECTOR:
             index = geometry.sources[:, :1] + sum(patches)
         else:
@@ -146,11 +146,14 @@ class Adapter(ABC):
 
     def _projected(self, part: str, layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         attention: Any = layer.self_attn
+        here, home = hidden.device, layer.input_layernorm.weight.device  # type: ignore[union-attr]
+        if home.type != "meta":  # an offloaded layer is moved by its own hooks
+            hidden = hidden.to(home)
         hidden = layer.input_layernorm(hidden)  # type: ignore[operator]
         rows = getattr(attention, f"{part}_proj")(hidden).view(*hidden.shape[:-1], -1, attention.head_dim)
         if hasattr(attention, f"{part}_norm"):
             rows = getattr(attention, f"{part}_norm")(rows)
-        rows = rows.transpose(1, 2)
+        rows = rows.transpose(1, 2).to(here)
         if rotary is None:
             return rows
         rotate = vars(sys.modules[type(attention).__module__])["apply_rotary_pos_emb"]
@@ -171,7 +174,7 @@ class Adapter(ABC):
                 processor's other outputs for it. Where the family is `clocked`, frames after a video's first bring no
                 text, and the first component is to be moved on by their time.
         """
-        return torch.arange(call["input_ids"].shape[1] + 1)[None]
+        return torch.arange(call["input_ids"].shape[1] + 1, device="cpu")[None]
 
     def stream_rate(self) -> float | None:
         """Of a `clocked` family: positions a second of video; None: one a temporal patch, whatever it lasts."""

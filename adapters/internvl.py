@@ -38,7 +38,7 @@ class InternVLAdapter(Adapter):
         patch_rows, patch_cols = self.config.vision_config.patch_size
         patches = pixels.shape[-2] // patch_rows, pixels.shape[-1] // patch_cols
         rows, cols = (int(n * self.config.downsample_ratio) for n in patches)
-        place = torch.arange(patches[0] * patches[1]).view(1, *patches, 1)
+        place = torch.arange(patches[0] * patches[1], device="cpu").view(1, *patches, 1)
         sources = self.core.pixel_shuffle(place, scale_factor=self.config.downsample_ratio)  # type: ignore[operator]
         return [Geometry.grid(rows, cols, patches=patches, sources=sources.view(rows * cols, -1))] * len(pixels)
 
@@ -126,7 +126,7 @@ def join(tile: Geometry, count: int, kind: Literal["image", "video"]) -> Geometr
     return replace(
         tile,
         kind=kind,
-        plane=torch.arange(count).repeat_interleave(len(tile)),
+        plane=torch.arange(count, device="cpu").repeat_interleave(len(tile)),
         row=tile.row.repeat(count),
         col=tile.col.repeat(count),
         grids=tile.grids * count,

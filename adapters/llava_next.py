@@ -43,7 +43,7 @@ class LlavaNextAdapter(LlavaAdapter):
     def pack(self, features: Tensor, size: tuple[int, int], newline: Tensor, call: dict[str, Any]) -> Tensor:
         """Rows of one image [N, C], from those of its pictures [pictures, side * side, C], as the model packs them."""
         strategy = call.get("vision_feature_select_strategy") or self.config.vision_feature_select_strategy
-        sizes = torch.tensor([size])
+        sizes = torch.tensor([size], device="cpu")
         return self.core.pack_image_features([features], sizes, strategy, image_newline=newline)[0][0]  # type: ignore
 
     def packed(self, size: tuple[int, int], tiled: bool, call: dict[str, Any]) -> Geometry:
@@ -54,15 +54,15 @@ class LlavaNextAdapter(LlavaAdapter):
         # (height, width) in patches, whatever the function's own documentation says.
         _, across = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
         pictures = image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
-        place = torch.cartesian_prod(torch.arange(side), torch.arange(side))
-        corner = torch.arange(pictures - 1)
+        place = torch.cartesian_prod(torch.arange(side, device="cpu"), torch.arange(side, device="cpu"))
+        corner = torch.arange(pictures - 1, device="cpu")
         corner = side * torch.stack([corner // across, corner % across], dim=1)
         places = torch.cat([place[None], place + corner[:, None]]).float()
-        rows = self.pack(places, size, torch.full((2,), -1.0), call)[side * side :]
+        rows = self.pack(places, size, torch.full((2,), -1.0, device="cpu"), call)[side * side :]
         breaks = rows[:, 0] < 0
         width = int(breaks.nonzero()[0])
         height = int(breaks.sum())
-        cell = torch.arange(len(rows))
+        cell = torch.arange(len(rows), device="cpu")
         thumbnail = Geometry.grid(side, side)
         # Where tokens are interpolated between tiles, each belongs to the patch its middle lies in.
         y, x = (rows + 0.5).long().unbind(1)

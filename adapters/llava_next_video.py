@@ -42,6 +42,6 @@ class LlavaNextVideoAdapter(LlavaNextAdapter):
 
 def blocks(rows: int, cols: int, size: int, width: int) -> Tensor:
     """int64 [rows * cols, size * size]: patches, of a picture `width` patches wide, of each block of size x size."""
-    corner = torch.arange(rows)[:, None] * size * width + torch.arange(cols) * size
-    inside = torch.arange(size)[:, None] * width + torch.arange(size)
+    corner = torch.arange(rows, device="cpu")[:, None] * size * width + torch.arange(cols, device="cpu") * size
+    inside = torch.arange(size, device="cpu")[:, None] * width + torch.arange(size, device="cpu")
     return corner.flatten()[:, None] + inside.flatten()

@@ -26,7 +26,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
             return []
         side, pooled = self.side, -(-self.side // 2)
         # Pooling interpolates between the two patches next to a token's middle, each way.
-        middle = ((torch.arange(pooled) + 0.5) * side / pooled - 0.5).clamp(0, side - 1)
+        middle = ((torch.arange(pooled, device="cpu") + 0.5) * side / pooled - 0.5).clamp(0, side - 1)
         near = torch.stack([middle.floor(), middle.ceil()], dim=1).long()
         sources = near[:, None, :, None] * side + near[None, :, None, :]
         video = Geometry.grid(
@@ -44,14 +44,14 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         per_sample = call.get("batch_num_images")
         if per_sample is None:
             return [True] * count
-        return [n == 1 for n in torch.as_tensor(per_sample).tolist() for _ in range(n)]
+        return [n == 1 for n in torch.as_tensor(per_sample, device="cpu").tolist() for _ in range(n)]
 
     def pack(self, features: Tensor, size: tuple[int, int], newline: Tensor, call: dict[str, Any]) -> Tensor:
         # forward() does not hand on its `vision_aspect_ratio`, get_image_features() heeds its own.
         ratio = call.get("vision_aspect_ratio") if "input_ids" not in call else None
         return self.core.pack_image_features(  # type: ignore[operator]
             [features],
-            torch.tensor([size]),
+            torch.tensor([size], device="cpu"),
             image_newline=newline,
             vision_aspect_ratio=ratio or self.config.vision_aspect_ratio,
         )[0][0]

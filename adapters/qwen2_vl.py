@@ -38,7 +38,7 @@ class Qwen2VLAdapter(Adapter):
                 kind=modality,  # type: ignore[arg-type]
                 patches=(rows, cols),
                 # The tower takes patches block by block.
-                sources=torch.arange(rows * cols).view(-1, self.group),
+                sources=torch.arange(rows * cols, device="cpu").view(-1, self.group),
             )
             for frames, rows, cols in call[f"{modality}_grid_thw"].tolist()
         ]

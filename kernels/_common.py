@@ -86,7 +86,7 @@ def row_counts(k: Count, max_k: int | None, like: Tensor) -> tuple[Tensor, int]:
         rows = list(k)
         if len(rows) != batch or any(not isinstance(i, int) or i < 0 for i in rows):
             raise ValueError(f"k must be one count >= 0 per row ({batch} rows), got {rows!r}")
-        counts = torch.tensor(rows, dtype=torch.int64).to(like.device, non_blocking=True)
+        counts = torch.tensor(rows, dtype=torch.int64, device="cpu").to(like.device, non_blocking=True)
         max_k = max(rows, default=0) if max_k is None else max_k
     width = max(0, min(max_k, n))
     return counts.clamp(0, width), width

@@ -99,13 +99,15 @@ def tokens(size: Size, device: torch.device, seed: int = 0) -> Tensor:
     """Smooth fields with noise, a common direction and a few outliers: what projected image features look like."""
     generator = torch.Generator().manual_seed(seed)
     rank, side = 48, int(size.n**0.5) + 1
-    coarse = torch.randn(size.batch, rank, 7, 7, generator=generator)
+    coarse = torch.randn(size.batch, rank, 7, 7, generator=generator, device="cpu")
     smooth = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bicubic", align_corners=True)
-    basis = torch.randn(rank, size.d, generator=generator) / rank**0.5
+    basis = torch.randn(rank, size.d, generator=generator, device="cpu") / rank**0.5
     x = smooth.flatten(2)[..., : size.n].mT @ basis
-    x += 0.4 * torch.randn(x.shape, generator=generator) + 0.7 * torch.randn(size.d, generator=generator)
-    outlier = torch.rand(size.batch, size.n, 1, generator=generator) < 0.01
-    return (x + outlier * torch.randn(x.shape, generator=generator)).to(device)
+    x += 0.4 * torch.randn(x.shape, generator=generator, device="cpu") + 0.7 * torch.randn(
+        size.d, generator=generator, device="cpu"
+    )
+    outlier = torch.rand(size.batch, size.n, 1, generator=generator, device="cpu") < 0.01
+    return (x + outlier * torch.randn(x.shape, generator=generator, device="cpu")).to(device)
 
 
 def published_max_min(x: Tensor, k: int, first: int | None = None) -> Tensor:
@@ -121,7 +123,7 @@ def published_max_min(x: Tensor, k: int, first: int | None = None) -> Tensor:
             elif first is None:
                 score = distance.topk(2, dim=0, largest=False).values[1]
             else:
-                score = torch.arange(len(item)) == first
+                score = torch.arange(len(item), device="cpu") == first
             chosen[t] = score.float().argmax()
         out.append(chosen)
     return torch.stack(out)
@@ -139,7 +141,7 @@ def running_max_min(x: Tensor, k: int) -> Tensor:
             closest[chosen[-1]] = -torch.inf
             chosen.append(int(closest.argmax()))
             closest = torch.minimum(closest, distance[chosen[-1]])
-        out.append(torch.tensor(chosen))
+        out.append(torch.tensor(chosen, device="cpu"))
     return torch.stack(out)
 
 
@@ -269,8 +271,8 @@ def dpp_case(size: Size, device: torch.device, backends: Sequence[str]) -> Case:
 def attention_case(size: Size, device: torch.device, backends: Sequence[str]) -> Case:
     """Column sums over all queries, 8 heads of 64 over 2 key heads; the whole map is what a model would return."""
     generator = torch.Generator().manual_seed(0)
-    q = torch.randn(size.batch, 8, size.n, 64, generator=generator).to(device)
-    key = torch.randn(size.batch, 2, size.n, 64, generator=generator).to(device)
+    q = torch.randn(size.batch, 8, size.n, 64, generator=generator, device="cpu").to(device)
+    key = torch.randn(size.batch, 2, size.n, 64, generator=generator, device="cpu").to(device)
 
     def whole_map() -> Tensor:
         return (q @ key.repeat_interleave(4, 1).mT * 0.125).softmax(-1).mean(1).sum(1)
@@ -305,7 +307,7 @@ def _fpsample(x: Tensor, k: int) -> Tensor:
 
     unit = torch.nn.functional.normalize(x, dim=2)
     return torch.stack(
-        [torch.as_tensor(fpsample.fps_sampling(i.numpy(), k, start_idx=0).astype("int64")) for i in unit]
+        [torch.as_tensor(fpsample.fps_sampling(i.numpy(), k, start_idx=0).astype("int64"), device="cpu") for i in unit]
     )
 
 
@@ -315,7 +317,7 @@ def _apricot(table: Tensor, k: int) -> Tensor:
     picks = []
     for item in table:
         chooser = apricot.FacilityLocationSelection(k, metric="precomputed", optimizer="lazy")
-        picks.append(torch.as_tensor(chooser.fit(item.numpy()).ranking.astype("int64")))
+        picks.append(torch.as_tensor(chooser.fit(item.numpy()).ranking.astype("int64"), device="cpu"))
     return torch.stack(picks)
 
 

@@ -166,7 +166,7 @@ def _select_cpu(columns: Tensor, counts: Tensor, picks: Tensor, mask: Tensor | N
             chosen.append(current)
             bound[current] = -1.0
             torch.maximum(covered, table[current], out=covered)
-        out[: len(chosen)] = torch.tensor(chosen, dtype=torch.int64)
+        out[: len(chosen)] = torch.tensor(chosen, dtype=torch.int64, device="cpu")
     return picks
 
 

@@ -265,7 +265,7 @@ def slot_sums_reference(x: Tensor, weight: Tensor, into: Tensor, slots: int) -> 
 def _slot_sums_cpu(x: Tensor, weight: Tensor, into: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     """The same by scattered addition, which is sequential and so deterministic on the CPU."""
     batch, n, d = x.shape
-    flat = torch.where(into < 0, batch * slots, into + slots * torch.arange(batch)[:, None]).view(-1)
+    flat = torch.where(into < 0, batch * slots, into + slots * torch.arange(batch, device="cpu")[:, None]).view(-1)
     sums = x.new_zeros(batch * slots + 1, d, dtype=torch.float32)
     totals = x.new_zeros(batch * slots + 1, dtype=torch.float32)
     sums.index_add_(0, flat, (x.float() * weight[..., None]).reshape(batch * n, d))

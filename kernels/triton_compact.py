@@ -43,7 +43,7 @@ def compact(keep: Tensor, tensors: list[Tensor], dims: list[int], fill: list[flo
     ]
     words = [planes(t, d).view(_WORD[t.element_size()]) for t, d in zip(tensors, dims, strict=True)]
     bits = [
-        int(torch.tensor(v, dtype=torch.float64).to(t.dtype).view(_WORD[t.element_size()]))
+        int(torch.tensor(v, dtype=torch.float64, device="cpu").to(t.dtype).view(_WORD[t.element_size()]))
         for t, v in zip(tensors, fill, strict=True)
     ]
     _compact_kernel[(width, keep.shape[0])](

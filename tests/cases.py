@@ -34,7 +34,9 @@ class Staged(vlmprune.Pruner):
     def select(self, tokens: vlmprune.VisualTokens, budget: torch.Tensor) -> vlmprune.Selection:
         score = tokens.features.float().norm(dim=-1).masked_fill(~tokens.valid, -1)
         index = score.sort(dim=1, descending=True, stable=True).indices[:, : int(budget.max())]
-        return vlmprune.Selection(index.masked_fill(torch.arange(index.shape[1]) >= budget[:, None], -1))
+        return vlmprune.Selection(
+            index.masked_fill(torch.arange(index.shape[1], device=budget.device) >= budget[:, None], -1)
+        )
 
 
 def composed(first: str = "divprune", keep: vlmprune.Keep = 0.6, positions: Any = "original") -> vlmprune.Compose:

@@ -65,53 +65,60 @@ def test_sampling_draws_from_the_pruned_distribution() -> None:
         torch.testing.assert_close(out.logits[0][row], greedy.logits[0][0], atol=1e-5, rtol=0)
 
 
-@every_policy
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_second_turn_with_a_new_image(family: Any, policy: str, attention: str) -> None:
+def second_turns() -> Any:
+    """(family, positions, pruner, attention, rows): each kind of stage and two rows where language models differ."""
+    for case in FAMILIES.values():
+        for policy in case.positions:
+            many = case.name in ("qwen2.5-vl", "internvl")
+            cases = [("divprune", attention, 1) for attention in ("eager", "sdpa")]
+            if many or case is LLAVA:
+                cases += [(pruner, "sdpa", rows) for pruner in ("staged", "compose") for rows in (1, 2)[1 - many :]]
+            for pruner, attention, rows in cases:
+                name = f"{case.name}-{policy}-{pruner}-{attention}-{rows}"
+                yield pytest.param(case, policy, pruner, attention, rows, id=name)
+
+
+@pytest.mark.parametrize(("family", "policy", "pruner", "attention", "rows"), second_turns())
+def test_second_turn_with_a_new_image(family: Any, policy: str, pruner: str, attention: str, rows: int) -> None:
     """A returned cache goes on with text, then with another image: as the oracle on the whole conversation."""
     model = model_of(family, attention)
-    turns: list[Any] = [[1, 2, ("image", 0), 3, 4], [5, 6, 7], [8, ("image", 1), 9]]
-    cache = DynamicCache(config=model.config)
-    kept, answers, pixels = [], [], []
-    with vlmprune.prune(model, "divprune", keep=0.3, positions=policy) as session:
+    first: list[Any] = [[1, 2, ("image", 0), 3, 4], [7, ("image", 2), 3]]
+    turns = [first[:rows], [[5, 6, 7], [8, 9, 5]][:rows], [[8, ("image", 1), 9], [6, ("image", 1), 3]][:rows]]
+    pictures = family.inputs([[("image", 0), ("image", 1)], [("image", 2), ("image", 1)]][:rows])
+    pictures = {key: pictures[key] for key in pictures if key.startswith(("pixel", "image"))}
+    cache, reports = DynamicCache(config=model.config), []
+    ids = mask = torch.empty(rows, 0, dtype=torch.int64)
+    with vlmprune.prune(model, PRUNERS[pruner].make(positions=policy)) as session:
         for turn in turns:
-            new = family.inputs([turn])
-            ids = torch.cat([*answers, new["input_ids"]], 1)
-            inputs = {**new, "input_ids": ids, "attention_mask": torch.ones_like(ids), **family.marks(ids)}
-            if "image_grid_thw" in new and pixels:
+            new = family.inputs(turn)
+            ids, mask = torch.cat([ids, new["input_ids"]], 1), torch.cat([mask, new["attention_mask"]], 1)
+            inputs = {**new, "input_ids": ids, "attention_mask": mask, **family.marks(ids)}
+            if "image_grid_thw" in new and reports:
                 # M-RoPE: generate() would need the grids of all images to place the new one, and take all for new.
-                inputs["position_ids"] = mrope(model, family, ids, [*pixels, new])
+                inputs["position_ids"] = mrope(model, family, ids, mask, pictures["image_grid_thw"])
             before = cache.get_seq_length()
             out = generate(model, inputs, past_key_values=cache, max_new_tokens=4)
             assert cache.get_seq_length() == out.sequences.shape[1] - 1
             if any(key.startswith("pixel_values") for key in new):
-                kept.append(session.last.items[0])
                 # The answer's last token is not in the cache yet.
-                assert kept[-1].start == before + bool(answers) + family.spans([turn])[0][1]
-                pixels.append({k: v for k, v in new.items() if k not in ("input_ids", "attention_mask")})
-            answers = [out.sequences]
-    prompt = out.sequences[:, :-4]
-    whole = {
-        **{key: torch.cat([each[key] for each in pixels]) for key in pixels[0] if key != "mm_token_type_ids"},
-        **family.marks(prompt),
-        "input_ids": prompt,
-        "attention_mask": torch.ones_like(prompt),
-    }
-    dropped = oracle.everything_visible(whole)
-    for item in kept:
-        lost = ~torch.isin(torch.arange(item.tokens_before), item.kept)
-        dropped[0][0, columns_of(item)[lost]] = True
-    _, scores = oracle.run(model, whole, dropped, policy, 3, out.sequences[:, -4:], {})
-    for mine, theirs in zip(out.logits, scores):
+                places = [start + before + bool(reports) for _, start, _ in family.spans(turn)]
+                assert [item.start for item in session.last.items] == places
+                reports.append(session.last)
+            prompt, seen, ids = ids, mask, out.sequences
+            mask = torch.cat([mask, torch.ones_like(ids[:, -4:])], 1)
+    whole = {**pictures, **family.marks(prompt), "input_ids": prompt, "attention_mask": seen}
+    one, two = (dropped_of(report, whole) for report in reports)
+    dropped = {layer: one[layer] | two[layer] for layer in one}
+    assert all(gone.any(1).all() for gone in (one[max(one)], two[max(two)]))
+    _, scores = oracle.run(model, whole, dropped, policy, 3, ids[:, -4:], {})
+    for mine, theirs in zip(out.logits, scores, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
 
 
-def mrope(model: Any, family: Any, ids: torch.Tensor, turns: list[Any]) -> torch.Tensor:
+def mrope(model: Any, family: Any, ids: torch.Tensor, mask: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
     """Text positions and M-RoPE of a whole conversation, [4, B, S]."""
-    grids = torch.cat([turn["image_grid_thw"] for turn in turns if "image_grid_thw" in turn])
-    seen = torch.ones_like(ids)
-    rope, _ = model.model.get_rope_index(ids, image_grid_thw=grids, attention_mask=seen, **family.marks(ids))
-    return torch.cat([seen.cumsum(-1)[None] - 1, rope])
+    rope, _ = model.model.get_rope_index(ids, image_grid_thw=grids, attention_mask=mask, **family.marks(ids))
+    return torch.cat([(mask.cumsum(-1)[None] - 1).clamp(min=0), rope])
 
 
 def test_text_turn_first_then_image() -> None:
@@ -123,7 +130,8 @@ def test_text_turn_first_then_image() -> None:
             first = generate(model, family.inputs([[1, 2, 3]]), past_key_values=cache, max_new_tokens=3).sequences
             new = family.inputs([[5, ("image", 0), 6]])
             ids = torch.cat([first, new["input_ids"]], 1)
-            given = {"position_ids": mrope(model, family, ids, [new])} if "image_grid_thw" in new else {}
+            grids = new.get("image_grid_thw")
+            given = {} if grids is None else {"position_ids": mrope(model, family, ids, torch.ones_like(ids), grids)}
             out = generate(
                 model,
                 {**new, "input_ids": ids, "attention_mask": torch.ones_like(ids), **family.marks(ids), **given},
@@ -252,8 +260,8 @@ def test_static_cache(family: str, attention: str, pruner: str) -> None:
             assert torch.equal(beams.sequences, dynamic.sequences)
 
 
-def test_beam_search_and_second_turn_inside_the_decoder() -> None:
-    """Layers that hold different columns are reordered, cropped and continued each for itself."""
+def test_beam_search_inside_the_decoder() -> None:
+    """Layers that hold different columns are reordered and cropped each for itself."""
     for policy in ("original", "compact"):
         model = model_of(LLAVA)
         with vlmprune.prune(model, PRUNERS["staged"].make(positions=policy)) as session:
@@ -264,26 +272,11 @@ def test_beam_search_and_second_turn_inside_the_decoder() -> None:
 
             beams = generate(model, inputs, num_beams=3, max_new_tokens=5, output_scores=True)
             searched = session.last
-
-            cache = DynamicCache(config=model.config)
-            first = generate(model, LLAVA.inputs([[1, ("image", 0), 2, 3]]), past_key_values=cache, max_new_tokens=3)
-            one = session.last
-            new = LLAVA.inputs([[8, ("image", 1), 9]])
-            ids = torch.cat([first.sequences, new["input_ids"]], 1)
-            both = {**new, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            out = generate(model, both, past_key_values=cache, max_new_tokens=4)
-            two = session.last
         answer = beams.sequences[:, inputs["input_ids"].shape[1] :]
         dropped = {layer: gone[:1] for layer, gone in dropped_of_first_row(searched, inputs).items()}
         _, scores = oracle.run(model, inputs, dropped, policy, 4, answer, {})
         total = sum(s.log_softmax(-1).gather(1, answer[:, i : i + 1])[0, 0] for i, s in enumerate(scores))
         torch.testing.assert_close(beams.sequences_scores[0], total / 5, atol=1e-4, rtol=0)
-        whole = {**both, "pixel_values": LLAVA.inputs([[("image", 0), ("image", 1)]])["pixel_values"]}
-        turns = [dropped_of(report, whole) for report in (one, two)]
-        dropped = {layer: turns[0][layer] | turns[1][layer] for layer in turns[0]}
-        _, scores = oracle.run(model, whole, dropped, policy, 3, out.sequences[:, -4:], {})
-        for mine, theirs in zip(out.logits, scores):
-            torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
 
 
 def dropped_of_first_row(report: Any, inputs: dict[str, Any]) -> dict[int, torch.Tensor]:

@@ -159,14 +159,15 @@ def test_quantised_cache_is_refused_in_one_sentence() -> None:
         pass
 
     cache = QuantizedCache(layers=[DynamicLayer() for _ in range(3)])
-    inputs = LLAVA.inputs(BATCHES["one"])
-    with vlmprune.prune(LLAVA.model(), "divprune", keep=0.3) as session, pytest.raises(ValueError, match="DynamicC"):
-        session.model(**inputs, past_key_values=cache)
+    for batch in ("one", "text"):
+        session = vlmprune.prune(LLAVA.model(), "divprune", keep=0.3)
+        with session, pytest.raises(ValueError, match="use DynamicCache"):
+            session.model(**LLAVA.inputs(BATCHES[batch]), past_key_values=cache)
 
 
 @both_places
 def test_the_real_quantised_cache_is_refused(pruner: str) -> None:
-    """In the prefill of generate(), before a token leaves; the model generates with it as before."""
+    """In the prefill of generate(), before anything runs, images or not; the model generates with it as before."""
     pytest.importorskip("optimum.quanto")
     model, inputs = LLAVA.model(), LLAVA.inputs(BATCHES["one"])
     quantised = {
@@ -175,10 +176,11 @@ def test_the_real_quantised_cache_is_refused(pruner: str) -> None:
         "max_new_tokens": 2,
     }
     before = generate(model, inputs, **quantised).sequences
-    session = vlmprune.prune(model, PRUNERS[pruner].make())
-    with session, pytest.raises(ValueError, match="a QuantizedCache cannot hold"):
-        generate(model, inputs, **quantised)
-    assert not session.last.changed
+    with vlmprune.prune(model, PRUNERS[pruner].make()) as session:
+        for prompt in (inputs, LLAVA.inputs(BATCHES["text"])):
+            with pytest.raises(ValueError, match="a QuantizedCache cannot hold"):
+                generate(model, prompt, **quantised)
+    assert session.last is None
     assert torch.equal(generate(model, inputs, **quantised).sequences, before)
 
 

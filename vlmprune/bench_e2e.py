@@ -94,7 +94,7 @@ def _narrow(config: dict[str, Any], by: int, layers: int) -> dict[str, Any]:
 
 
 def _images(count: int, side: int, batch: int) -> Tensor:
-    return torch.randn(batch, count, 3, side, side, generator=torch.Generator().manual_seed(0)).squeeze(1)
+    return torch.randn(batch, count, 3, side, side, generator=torch.Generator().manual_seed(0), device="cpu").squeeze(1)
 
 
 CLIP = {
@@ -134,12 +134,12 @@ def _llava(batch: int) -> dict[str, Tensor]:
 
 
 def _llava_next(batch: int) -> dict[str, Tensor]:
-    return {"pixel_values": _images(5, 336, batch), "image_sizes": torch.tensor([[672, 672]] * batch)}
+    return {"pixel_values": _images(5, 336, batch), "image_sizes": torch.tensor([[672, 672]] * batch, device="cpu")}
 
 
 def _qwen(batch: int) -> dict[str, Tensor]:
-    patches = torch.randn(batch * 72 * 72, 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(0))
-    return {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, 72, 72]] * batch)}
+    patches = torch.randn(batch * 72 * 72, 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(0), device="cpu")
+    return {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, 72, 72]] * batch, device="cpu")}
 
 
 def _internvl(batch: int) -> dict[str, Tensor]:
@@ -323,7 +323,7 @@ def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> nn.Module:
 def prompt(shape: Shape, batch: int, text_tokens: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Inputs of `batch` rows: a third of the text, the image, the rest; every row another image and another text."""
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, 1000, (batch, text_tokens + shape.tokens), generator=generator)
+    ids = torch.randint(3, 1000, (batch, text_tokens + shape.tokens), generator=generator, device="cpu")
     image: int = shape.config.get("image_token_id") or shape.config["image_token_index"]
     first = text_tokens // 3
     ids[:, first : first + shape.tokens] = image

@@ -217,17 +217,22 @@ class Physical:
         return self.layer.get_mask_sizes(query_length)
 
 
-def wrap_layers(cache: Cache, first: int, depth: int) -> list[PrunedLayer]:
-    """Make the layers `first`..`depth - 1` of a cache `PrunedLayer`s, in place, and return them.
-
-    Raises:
-        ValueError: a kind of cache whose layers cannot hold a pruned prompt.
-    """
-    if not isinstance(cache, (DynamicCache, StaticCache)):
+def raise_if_unfit(cache: Any) -> None:
+    """Raise ValueError for a kind of cache whose layers cannot hold a pruned prompt."""
+    if cache is not None and not isinstance(cache, (DynamicCache, StaticCache)):
         raise ValueError(
             f"a {type(cache).__name__} cannot hold a pruned prompt: use DynamicCache (the default of generate()) or "
             "StaticCache."
         )
+
+
+def wrap_layers(cache: Cache, first: int, depth: int) -> list[PrunedLayer]:
+    """Make the layers `first`..`depth - 1` of a cache `PrunedLayer`s, in place, and return them.
+
+    Raises:
+        ValueError: its layers cannot hold a pruned prompt.
+    """
+    raise_if_unfit(cache)
     while len(cache.layers) < depth:
         cache.layers.append(DynamicLayer())
     for index in range(first, depth):

@@ -140,11 +140,11 @@ class Geometry:
             patches: patch grid of each plane in the vision tower; None: rows x cols.
             sources: int64 [rows * cols, G], patches of each token of a plane; None: one patch a token.
         """
-        cell = torch.arange(-prefix, rows * cols).repeat(planes)
-        cell = torch.cat([cell, torch.full((suffix,), -1)])
-        each = torch.arange(planes).repeat_interleave(prefix + rows * cols)
-        plane = torch.cat([each, torch.full((suffix,), planes - 1)])
-        of_plane = torch.arange(rows * cols)[:, None] if sources is None else sources
+        cell = torch.arange(-prefix, rows * cols, device="cpu").repeat(planes)
+        cell = torch.cat([cell, torch.full((suffix,), -1, device="cpu")])
+        each = torch.arange(planes, device="cpu").repeat_interleave(prefix + rows * cols)
+        plane = torch.cat([each, torch.full((suffix,), planes - 1, device="cpu")])
+        of_plane = torch.arange(rows * cols, device="cpu")[:, None] if sources is None else sources
         patch_rows, patch_cols = patches or (rows, cols)
         numbers = of_plane[cell.clamp(min=0)] + (plane * patch_rows * patch_cols)[:, None]
         return cls(
@@ -159,7 +159,7 @@ class Geometry:
 
     def after(self, count: int) -> Geometry:
         """The same item without its first `count` tokens."""
-        return self.take(torch.arange(count, len(self)))
+        return self.take(torch.arange(count, len(self), device="cpu"))
 
     def take(self, index: Tensor) -> Geometry:
         """The tokens at `index` (int64 [K], on the CPU)."""
@@ -319,7 +319,7 @@ class VisualTokens:
     @cached_property
     def valid(self) -> Tensor:
         """bool [I, N]: True for real tokens, False for padding."""
-        counts = torch.tensor(self.counts).to(self.features.device, non_blocking=True)
+        counts = torch.tensor(self.counts, device="cpu").to(self.features.device, non_blocking=True)
         return torch.arange(self.features.shape[1], device=self.features.device) < counts[:, None]
 
 

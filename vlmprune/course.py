@@ -53,7 +53,13 @@ class Course:
     def host_shown(self) -> Tensor:
         """`shown`, spelled out."""
         width = self.length if self.columns is None else self.columns.shape[1]
-        return torch.ones(self.batch, width, dtype=torch.bool) if self.shown is None else self.shown
+        return torch.ones(self.batch, width, dtype=torch.bool, device="cpu") if self.shown is None else self.shown
+
+    def move(self, device: torch.device) -> None:
+        """Go on with the layers of another device."""
+        self.device = device
+        self.columns = None if self.columns is None else self.columns.to(device)
+        self.positions = None if self.positions is None else self.positions.to(device)
 
     @property
     def width(self) -> int:

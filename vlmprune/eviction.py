@@ -52,7 +52,7 @@ class Eviction:
         self._step, self._items = -1, []
         for each in live:
             item = each.item
-            columns = item.columns if item.columns is not None else torch.arange(item.start, item.stop)
+            columns = item.columns if item.columns is not None else torch.arange(item.start, item.stop, device="cpu")
             self._items.append(_Held(item.sample, seen + columns.to(device), each.geometry))
 
     def before_layer(self, layer: int, hidden: Tensor, rotary: tuple[Tensor, Tensor], course: Course) -> None:
@@ -60,7 +60,7 @@ class Eviction:
         if not (self._scores and self._items and self.pruner.cache_due(self._step + 1)):
             return
         shown = course.host_shown()
-        last = torch.where(shown, torch.arange(shown.shape[1]), -1).amax(dim=1).to(hidden.device)
+        last = torch.where(shown, torch.arange(shown.shape[1], device="cpu"), -1).amax(dim=1).to(hidden.device)
         row = torch.arange(len(hidden), device=hidden.device)
         cos, sin = (part.expand(len(hidden), -1, -1)[row, last][:, None] for part in rotary)
         module = self.adapter.decoder_layers[layer]
@@ -73,7 +73,7 @@ class Eviction:
             return []
         self._step += 1
         for item, each in zip(self._items, live):
-            item.alive = torch.zeros_like(item.alive).index_fill(0, each.index, True)
+            item.alive = torch.zeros_like(item.alive).index_fill(0, each.index.to(item.alive.device), True)
         if not self.pruner.cache_due(self._step):
             return []
         depth = len(self.adapter.decoder_layers)
@@ -100,6 +100,8 @@ class Eviction:
         self, number: int, layer: Any, held: Tensor, shown: Tensor, kept: list[dict[int, Tensor]]
     ) -> tuple[Tensor, Tensor]:
         """Let the pruner choose in one layer: entries to keep [B, H], and the values of all entries from now on."""
+        for item in self._items:  # layers may be on several devices
+            item.columns, item.alive = item.columns.to(held.device), item.alive.to(held.device)
         places = [torch.isin(held[item.sample], item.columns).nonzero().flatten() for item in self._items]
         here = [i for i, place in enumerate(places) if len(place)]
         keep, values = shown.clone(), layer.values
@@ -124,7 +126,9 @@ class Eviction:
             if name == "cache_alive":
                 return pad_sequence([self._items[i].alive[each] for i, each in zip(here, index)], batch_first=True)
             if name == "cache_attention":
-                scores = attention_scores(self._queries[number], layer.keys, mask=shown, reduce="rows")[:, 0]
+                scores = attention_scores(self._queries[number].to(held.device), layer.keys, mask=shown, reduce="rows")[
+                    :, 0
+                ]
                 return pad_sequence([scores[self._items[i].sample, places[i]] for i in here], batch_first=True)
             raise KeyError(f"the signal {name!r} is not given at a cache stage")
 

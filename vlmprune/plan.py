@@ -44,7 +44,8 @@ class Plan:
 
     def gather(self, rows: Tensor) -> Tensor:
         """[B, S, ...] -> [B, P, ...]; padding repeats position 0."""
-        return rows[torch.arange(len(rows), device=rows.device)[:, None], self.index.clamp(min=0)]
+        index = self.index.to(rows.device)
+        return rows[torch.arange(len(rows), device=rows.device)[:, None], index.clamp(min=0)]
 
     def apply(self, rows: Tensor) -> Tensor:
         """`gather`, with merged rows in their places."""
@@ -66,7 +67,7 @@ def plan_rows(items: Sequence[Item], kept: Sequence[Kept | None], shown: Tensor,
         shown: bool [B, S] on the CPU, False for masked positions.
     """
     length = shown.shape[1]
-    every = torch.arange(length)
+    every = torch.arange(length, device="cpu")
     rows: list[Tensor] = []
     at = [0] * len(items)
     for sample, row_shown in enumerate(shown):
@@ -81,7 +82,9 @@ def plan_rows(items: Sequence[Item], kept: Sequence[Kept | None], shown: Tensor,
             if choice is None:
                 visual = every[item.start : item.stop]
             else:  # the survivors' own offsets are added on the device
-                visual = torch.full((item.stop - item.start - item.length + len(choice.index),), item.start)
+                visual = torch.full(
+                    (item.stop - item.start - item.length + len(choice.index),), item.start, device="cpu"
+                )
             pieces += [text, visual]
             filled += len(text) + len(visual)
             cursor = item.stop
@@ -89,7 +92,7 @@ def plan_rows(items: Sequence[Item], kept: Sequence[Kept | None], shown: Tensor,
         rows.append(torch.cat(pieces))
     width = max(len(row) for row in rows)
     pad_right = not bool(shown[:, -1].all())
-    index = torch.full((len(rows), width), -1)
+    index = torch.full((len(rows), width), -1, device="cpu")
     shift = [0 if pad_right else width - len(row) for row in rows]
     for sample, row in enumerate(rows):
         index[sample, shift[sample] : shift[sample] + len(row)] = row

@@ -54,7 +54,7 @@ class ItemReport:
         """int64 [K], ascending: which of the item's tokens survived the boundary."""
         if self.stages and self.stages[0].layer == 0:
             return self.stages[0].kept
-        return torch.arange(self.tokens_before)
+        return torch.arange(self.tokens_before, device="cpu")
 
     @property
     def tokens_after(self) -> int:

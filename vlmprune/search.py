@@ -174,7 +174,7 @@ class KLQuality:
         self.model, self.prompts, self.query = model, list(prompts), query
         self.evaluations = 0
         ends = model.generation_config.eos_token_id
-        ends = torch.tensor([] if ends is None else [ends] if isinstance(ends, int) else ends)
+        ends = torch.tensor([] if ends is None else [ends] if isinstance(ends, int) else ends, device="cpu")
         self._answers: list[tuple[Tensor, Tensor, Tensor]] = []
         for inputs in self.prompts:
             ids, logits = self._generate(inputs, max_new_tokens)

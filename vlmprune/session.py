@@ -22,6 +22,7 @@ from vlmprune.cache import (
     cache_of,
     is_pruned,
     kv_bytes,
+    raise_if_unfit,
     unpruned_kv_bytes,
 )
 from vlmprune.contract import Geometry, Item, Pruner, VisualTokens, choosing
@@ -87,6 +88,14 @@ class Live:
         self.origin, self.item, self.index = item, item, index
         self.geometry: Geometry = item.geometry
         self.merged = torch.zeros_like(index, dtype=torch.bool)
+
+    def move(self, device: torch.device) -> None:
+        """Go on with the layers of another device."""
+        self.index, self.merged = self.index.to(device), self.merged.to(device)
+        self.origin, self.item = (
+            item if item.columns is None else replace(item, columns=item.columns.to(device))
+            for item in (self.origin, self.item)
+        )
 
 
 class Session:
@@ -264,8 +273,9 @@ class Session:
             return
         self._raise_if_not_finite()
         arguments = self.adapter.bind(args, kwargs)
-        items = self.adapter.items(arguments)
         cache, mask = cache_of(arguments), arguments.get("attention_mask")
+        raise_if_unfit(cache)
+        items = self.adapter.items(arguments)
         self._call = {**self._call, "items": items, "encoded": arguments.get("mm_encoder_outputs") is not None}
         if items and self._signals.wants_question:
             ids = arguments.get("input_ids")
@@ -352,12 +362,14 @@ class Session:
         if course is None:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
+        if hidden.device != course.device:  # a model spread over several devices
+            for part in (course, self._signals, *self._live):
+                part.move(hidden.device)
         course.cache = cache_of(kwargs)
         before = course.columns
         if number > 0 and number in self._stages and self._live:
             if self._signals.wants_here:
-                rotary = {**kwargs, **course.layer_kwargs}["position_embeddings"]
-                self._signals.here = Entering(number, hidden, rotary, course.key_mask(number))
+                self._signals.here = self._entering(number, hidden, {**kwargs, **course.layer_kwargs})
             hidden = self._stage(number, course, hidden)
         held = course.pruned_layer(number)
         if course.columns is not before or (held is not None and held.group == number):
@@ -369,12 +381,18 @@ class Session:
             }
         kwargs = {**kwargs, **course.layer_kwargs}
         if number in self._eviction.layers:
-            self._eviction.before_layer(number, hidden, kwargs["position_embeddings"], course)
+            cos, sin = (part.to(hidden.device) for part in kwargs["position_embeddings"])
+            self._eviction.before_layer(number, hidden, (cos, sin), course)
         if number + 1 in self._stages and self._live and self._signals.wants_before:
-            self._signals.before = Entering(number, hidden, kwargs["position_embeddings"], course.key_mask(number))
+            self._signals.before = self._entering(number, hidden, kwargs)
         if args:
             return (hidden, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": hidden}
+
+    def _entering(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> Entering:
+        assert self._course is not None
+        cos, sin = (part.to(hidden.device) for part in kwargs["position_embeddings"])
+        return Entering(layer, hidden, (cos, sin), self._course.key_mask(layer))
 
     def _step_before_layer(self, number: int, step: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         held = cache_of(kwargs).layers[number]
@@ -426,7 +444,9 @@ class Session:
             )
             self._check_finite(tokens.features)
             wanted = [budgets[i] for i in group]
-            most = torch.tensor([count if keep is None else keep for count, keep in zip(tokens.counts, wanted)])
+            most = torch.tensor(
+                [count if keep is None else keep for count, keep in zip(tokens.counts, wanted)], device="cpu"
+            )
             stop = _stopwatch(rows.device)
             with choosing():
                 selection = methods[group[0]].select(tokens, most)

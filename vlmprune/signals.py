@@ -108,6 +108,15 @@ class Signals:
         if self.wanted & {"instruction", "instruction_queries", "instruction_keys", "prompt_features", "text_features"}:
             self.embeds = embeds
 
+    def move(self, device: torch.device) -> None:
+        """Go on with the layers of another device."""
+        self.embeds = None if self.embeds is None else self.embeds.to(device)
+        for tables in (self._changes, self._overlaps):
+            tables.update({name: table.to(device) for name, table in tables.items()})
+        if self.before is not None:
+            layer, hidden, (cos, sin), held = self.before
+            self.before = Entering(layer, hidden.to(device), (cos.to(device), sin.to(device)), held.to(device))
+
     @property
     def wants_before(self) -> bool:
         return bool(self.wanted & {"last_attention", "text_attention", "all_attention", "visual_attention"})
@@ -160,16 +169,17 @@ class Signals:
             self._change("transition_strict", ratio * self._softmax_by_item(1 - cosine.abs(), self.course))
 
     def _change(self, name: str, more: Tensor) -> None:
-        self._changes[name] = self._changes[name] + more if name in self._changes else more
+        self._changes[name] = self._changes[name].to(more.device) + more if name in self._changes else more
 
     def _softmax_by_item(self, values: Tensor, course: Course) -> Tensor:
         """Values [B, P] in [0, 1], a softmax over each item's tokens; 0 elsewhere."""
-        number = torch.zeros(course.batch, course.length, dtype=torch.int64)
+        number = torch.zeros(course.batch, course.length, dtype=torch.int64, device="cpu")
         for place, item in enumerate(self.all_items, 1):
             number[item.sample, item.where] = place
         number = number.to(values.device, non_blocking=True)
         if course.columns is not None:
-            number = number.gather(1, course.columns.clamp(min=0)).masked_fill(course.columns < 0, 0)
+            columns = course.columns.to(values.device)
+            number = number.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, 0)
         power = values.exp() * (number > 0)
         total = power.new_zeros(len(self.all_items) + 1).scatter_add(0, number.flatten(), power.flatten())
         return power / total[number].clamp(min=1e-12)
@@ -182,7 +192,7 @@ class Signals:
             self._overlaps["core_overlap"] = core_overlap(args[0], shown)
         if "activation_overlap" in self.wanted:
             active = (args[0] > 0).float()
-            last = self._place(self.course, self._last_words(self.course))
+            last = self._place(self.course, self._last_words(self.course)).to(active.device)
             word = active[torch.arange(len(active), device=active.device), last]
             with choosing():
                 self._overlaps["activation_overlap"] = (active @ word[..., None])[..., 0]
@@ -197,7 +207,7 @@ class Signals:
         if name in _MADE:
             return _MADE[name](self, live, everything, course)
         per_picture = name in ("cls_features", "cls_keys")
-        tables = [self.adapter.encoded(name, each.origin) for each in live]
+        tables = [self.adapter.encoded(name, each.origin).to(course.device) for each in live]
         if not per_picture:
             tables = [table[each.index] for table, each in zip(tables, live)]
         return pad_sequence(tables, batch_first=True)
@@ -206,7 +216,7 @@ class Signals:
         """The model's projector."""
         if "projector_inputs" not in self.wanted:
             raise KeyError('projecting was not asked for: name "projector_inputs" in the pruner\'s `needs`')
-        return self.adapter.project(rows)
+        return self.adapter.project(rows).to(rows.device)
 
     # Text.
 
@@ -235,14 +245,20 @@ class Signals:
 
     def _instructions(self, course: Course) -> list[Tensor]:
         """`question_columns` of the call."""
-        shown = torch.ones(course.batch, course.length, dtype=torch.bool) if self.all_shown is None else self.all_shown
+        shown = (
+            torch.ones(course.batch, course.length, dtype=torch.bool, device="cpu")
+            if self.all_shown is None
+            else self.all_shown
+        )
         if self.replies is not None:
             shown = shown & ~self.replies
         return question_columns(self.adapter, self.ids, self.all_items, shown)
 
     def _last_words(self, course: Course) -> Tensor:
         """int64 [B], on the CPU: column of the last token of each row's question."""
-        return torch.tensor([int(columns[-1]) if len(columns) else 0 for columns in self._instructions(course)])
+        return torch.tensor(
+            [int(columns[-1]) if len(columns) else 0 for columns in self._instructions(course)], device="cpu"
+        )
 
     def _place(self, course: Course, column: Tensor) -> Tensor:
         """Where these columns (int64 [B]) are in the sequence as it is now."""
@@ -270,10 +286,7 @@ class Signals:
 
     def _unrotated(self, part: Callable[..., Tensor], rows: Tensor) -> Tensor:
         """Queries [I, S, H, d] or keys [I, S, G, d] of rows [I, S, D] in the last decoder layer, without RoPE."""
-        layer: Any = self.adapter.decoder_layers[-1]
-        device = layer.self_attn.q_proj.weight.device  # an offloaded layer is moved by its own hooks
-        made = part(layer, rows if device.type == "meta" else rows.to(device), None)
-        return made.transpose(1, 2).to(rows.device)
+        return part(self.adapter.decoder_layers[-1], rows, None).transpose(1, 2)
 
     def _prompt_features(self, live: Sequence[Live], everything: Sequence[Live], course: Course) -> Tensor:
         assert self.embeds is not None
@@ -333,7 +346,7 @@ class Signals:
     ) -> Tensor:
         point = self._point(following, "last_attention")
         shown = self._prompt(course)
-        last = torch.where(shown, torch.arange(shown.shape[1]), -1).amax(dim=1).to(point.hidden.device)
+        last = torch.where(shown, torch.arange(shown.shape[1], device="cpu"), -1).amax(dim=1).to(point.hidden.device)
         row = torch.arange(len(point.hidden), device=point.hidden.device)
         query = self._queries(point, row, last[:, None])
         keys, held = self._keys(point, course), point.held
@@ -473,7 +486,7 @@ def core_overlap(activations: Tensor, shown: Tensor) -> Tensor:
 def _places(item: Item) -> Tensor:
     """int64 [N]: positions of an item's tokens."""
     where = item.where
-    return torch.arange(where.start, where.stop) if isinstance(where, slice) else where
+    return torch.arange(where.start, where.stop, device="cpu") if isinstance(where, slice) else where
 
 
 def question_columns(adapter: Adapter, ids: Tensor | None, items: Sequence[Item], shown: Tensor) -> list[Tensor]:
@@ -491,7 +504,7 @@ def question_columns(adapter: Adapter, ids: Tensor | None, items: Sequence[Item]
     config = getattr(adapter.model, "generation_config", None)
     ends = getattr(config, "eos_token_id", None)
     ends = adapter.text_config.eos_token_id if ends is None else ends
-    ends = torch.tensor([] if ends is None else [ends] if isinstance(ends, int) else list(ends))
+    ends = torch.tensor([] if ends is None else [ends] if isinstance(ends, int) else list(ends), device="cpu")
     out = []
     for row, visible in enumerate(shown):
         own = [item for item in items if item.sample == row]
@@ -519,4 +532,4 @@ def _wide(point: Entering) -> tuple[Tensor, Tensor]:
 
 def _filled(lengths: Sequence[int]) -> Tensor:
     """bool [I, longest]: the first so many of each row."""
-    return torch.arange(max(lengths, default=0)) < torch.tensor(lengths)[:, None]
+    return torch.arange(max(lengths, default=0), device="cpu") < torch.tensor(lengths, device="cpu")[:, None]

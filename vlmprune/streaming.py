@@ -157,7 +157,7 @@ class _NothingEnters(Exception):
 
 
 def _no_ids() -> Tensor:
-    return torch.empty(0, dtype=torch.int64)
+    return torch.empty(0, dtype=torch.int64, device="cpu")
 
 
 @dataclass(frozen=True)
@@ -182,12 +182,12 @@ class _Held:
 
     keys: tuple[Tensor, ...] = ()
     values: tuple[Tensor, ...] = ()
-    features: Tensor = field(default_factory=lambda: torch.empty(0, 0))
-    positions: Tensor = field(default_factory=lambda: torch.empty(1, 0, dtype=torch.int64))
+    features: Tensor = field(default_factory=lambda: torch.empty(0, 0, device="cpu"))
+    positions: Tensor = field(default_factory=lambda: torch.empty(1, 0, dtype=torch.int64, device="cpu"))
     ids: Tensor = field(default_factory=_no_ids)
     piece: Tensor = field(default_factory=_no_ids)
     cell: Tensor = field(default_factory=_no_ids)
-    seconds: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
+    seconds: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64, device="cpu"))
     behind: Tensor | None = None
     geometry: Geometry | None = None
     following: int = 0
@@ -366,8 +366,8 @@ class Stream:
             held = self._enter(now.held, now.pending, now.times) if now.pending else now.held
             assert held.behind is not None
             extra, cache = len(held.behind), held.cache()
-            ids = torch.cat([held.ids, torch.full((extra,), self._script.token), tail])
-            new = torch.arange(held.following, held.following + len(ids) - len(held))
+            ids = torch.cat([held.ids, torch.full((extra,), self._script.token, device="cpu"), tail])
+            new = torch.arange(held.following, held.following + len(ids) - len(held), device="cpu")
             positions = torch.cat([held.positions, new.expand(len(held.positions), -1)], dim=1)
             inputs: dict[str, Any] = {"input_ids": ids[None], "position_ids": _wide(positions)}
             inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
@@ -452,7 +452,7 @@ class Stream:
             last = report.last
         (whole, _), (rows, where) = entering
         assert last is not None
-        columns = torch.arange(len(ids)) if last.columns is None else last.columns[0].cpu()
+        columns = torch.arange(len(ids), device="cpu") if last.columns is None else last.columns[0].cpu()
         columns = columns[columns < before + count]  # what stands behind the whole video is put there with a question
         cell = (columns - before).clamp(min=-1)
         new = int((cell >= 0).sum())
@@ -479,7 +479,7 @@ class Stream:
             ids=torch.cat([held.ids, ids[columns]]),
             piece=torch.cat([held.piece, piece]),
             cell=torch.cat([held.cell, cell]),
-            seconds=torch.cat([held.seconds, torch.full(cell.shape, times[0], dtype=torch.float64)]),
+            seconds=torch.cat([held.seconds, torch.full(cell.shape, times[0], dtype=torch.float64, device="cpu")]),
             behind=behind,
             geometry=geometry,
             following=held.following + len(columns) if self._compact else following,
@@ -586,7 +586,7 @@ class Stream:
     def _choose(self, held: _Held, old: Tensor, count: int) -> Tensor:
         """Which of the columns `old` stay: int64 [count], ascending."""
         if not count:
-            return torch.empty(0, dtype=torch.int64)
+            return torch.empty(0, dtype=torch.int64, device="cpu")
         assert self._chooser is not None
         assert held.geometry is not None
         frame, planes = held.geometry.take(held.cell[old]), len(held.geometry.grids)
@@ -604,7 +604,7 @@ class Stream:
             depth=len(self._adapter.decoder_layers),
             signal=_no_signal,
         )
-        chosen = replace(self._chooser, keep=count).select(tokens, torch.tensor([count]))
+        chosen = replace(self._chooser, keep=count).select(tokens, torch.tensor([count], device="cpu"))
         return ascending(chosen, (len(old),), [count])[0].index.cpu()
 
 
@@ -726,17 +726,17 @@ def _chooser(adapter: Adapter, pruner: Pruner) -> Pruner:
         ValueError: it cannot choose by features alone, or not as many as it is told to.
     """
     depth = len(adapter.decoder_layers)
-    features = torch.randn(1, 8, 16, generator=torch.Generator().manual_seed(0))
+    features = torch.randn(1, 8, 16, generator=torch.Generator().manual_seed(0), device="cpu")
     # Two frames that have lost some of their tokens already.
-    some = Geometry.grid(2, 3, planes=2, kind="video").take(torch.tensor([0, 1, 2, 4, 5, 8, 9, 11]))
-    tokens = VisualTokens(features, (8,), (torch.arange(8),), (some,), signal=_no_signal)
+    some = Geometry.grid(2, 3, planes=2, kind="video").take(torch.tensor([0, 1, 2, 4, 5, 8, 9, 11], device="cpu"))
+    tokens = VisualTokens(features, (8,), (torch.arange(8, device="cpu"),), (some,), signal=_no_signal)
     try:
         if tuple(pruner.layers(depth)) != (0,) or pruner.cache_layers(depth) or pruner.encoder_layers(depth):
             raise ValueError("it acts elsewhere than at the boundary")
         three = replace(pruner, keep=3)
         if list(three.budget([8], 0, depth)) != [3]:
             raise ValueError("it does not keep as many as it is told to")
-        chosen = three.select(tokens, torch.tensor([3]))
+        chosen = three.select(tokens, torch.tensor([3], device="cpu"))
         ascending(chosen, (8,), [3])
         if chosen.features is not None:
             raise ValueError("it merges tokens, and what is in a KV cache cannot be merged")

@@ -68,7 +68,7 @@ def choose(
     others = sizes - dominant
     contextual = torch.minimum(contextual, others)
     step = (others // contextual.clamp(min=1)).clamp(min=1)
-    slot = torch.arange(int(contextual.max()))
+    slot = torch.arange(int(contextual.max()), device="cpu")
     place = torch.where(slot < contextual[:, None], slot * step[:, None], -1).to(device, non_blocking=True)
     order = (~rest).long().argsort(dim=1, stable=True)
     targets = order.gather(1, place.clamp(min=0)).masked_fill(place < 0, -1)
@@ -103,7 +103,7 @@ def encoder_stage(
     cls = tokens.signal("cls_features?") if keep_cls else None
     inputs = tokens.signal("projector_inputs")
     extra = (~whole & (pictures.budget > 0) & (cls is not None)).long()
-    late = torch.tensor([contextual(kept) for kept in pictures.budget.tolist()]).masked_fill(whole, 0)
+    late = torch.tensor([contextual(kept) for kept in pictures.budget.tolist()], device="cpu").masked_fill(whole, 0)
     dominant = pictures.budget - late - extra
     top, targets, into = choose(
         pictures.rows(tokens.signal(_SCORES[query])),
@@ -142,8 +142,10 @@ def decoder_stage(
     tokens: VisualTokens, scores: Tensor, keys: Tensor, budget: Tensor, contextual: Callable[[int], int], merge: Merge
 ) -> Selection:
     """Reduce the hidden states of every item to `budget` rows; scores fp32 [I, N], keys [I, N, d]."""
-    late = torch.tensor([contextual(kept) for kept in budget.tolist()])
-    top, targets, into = choose(scores, keys, tokens.valid, torch.tensor(tokens.counts), budget - late, late)
+    late = torch.tensor([contextual(kept) for kept in budget.tolist()], device="cpu")
+    top, targets, into = choose(
+        scores, keys, tokens.valid, torch.tensor(tokens.counts, device="cpu"), budget - late, late
+    )
     x = tokens.features
     index = torch.cat([top, targets], dim=1)
     rows = torch.cat([_take(x, top), join(x, targets, into, merge)], dim=1)
@@ -160,7 +162,7 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
 
 def _first(count: Tensor, width: int) -> Tensor:
     """bool [B, width]: the first `count` [B] of each row."""
-    return torch.arange(width) < count[:, None]
+    return torch.arange(width, device="cpu") < count[:, None]
 
 
 def _lowest_free(index: Tensor, inside: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ def cell_of(geometry: Geometry, keep: int) -> Tensor:
     Returns:
         int64 [N], the cell of each token in 0..keep-1, -1 for a token that is in none. No cell is empty.
     """
-    cell = torch.full((len(geometry),), -1)
+    cell = torch.full((len(geometry),), -1, device="cpu")
     placed = ~geometry.placeless
     sizes = torch.bincount(geometry.plane[placed], minlength=len(geometry.grids))
     places = min(keep, int(sizes.sum()))
@@ -42,7 +42,7 @@ def cell_of(geometry: Geometry, keep: int) -> Tensor:
         cell[here] = first + begin + geometry.col[here] * width // cols
         first += share
     loose = geometry.placeless.nonzero().flatten()[: keep - places]
-    cell[loose] = first + torch.arange(len(loose))
+    cell[loose] = first + torch.arange(len(loose), device="cpu")
     return cell
 
 
@@ -52,12 +52,16 @@ def centres(geometry: Geometry, cell: Tensor, keep: int) -> Tensor:
     number = cell[inside]
 
     def middle(place: Tensor) -> Tensor:
-        low = torch.zeros(keep, dtype=torch.int64).scatter_reduce(0, number, place, "amin", include_self=False)
-        high = torch.zeros(keep, dtype=torch.int64).scatter_reduce(0, number, place, "amax", include_self=False)
+        low = torch.zeros(keep, dtype=torch.int64, device="cpu").scatter_reduce(
+            0, number, place, "amin", include_self=False
+        )
+        high = torch.zeros(keep, dtype=torch.int64, device="cpu").scatter_reduce(
+            0, number, place, "amax", include_self=False
+        )
         return ((low + high) // 2)[number]
 
     row, col = geometry.row[inside], geometry.col[inside]
     offset = (row - middle(row)).abs() + (col - middle(col)).abs()
-    best = torch.full((keep,), len(geometry)).scatter_reduce(0, number, offset, "amin")
+    best = torch.full((keep,), len(geometry), device="cpu").scatter_reduce(0, number, offset, "amin")
     nearest = torch.where(offset == best[number], inside, len(geometry))
-    return torch.full((keep,), len(geometry)).scatter_reduce(0, number, nearest, "amin")
+    return torch.full((keep,), len(geometry), device="cpu").scatter_reduce(0, number, nearest, "amin")

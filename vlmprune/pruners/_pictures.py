@@ -46,7 +46,7 @@ class Pictures:
                 placed.append(shown[members[-1]])
                 where.append((item, number))
                 budgets.append(share[number])
-        self.item, self.number = torch.tensor(where).unbind(1)
+        self.item, self.number = torch.tensor(where, device="cpu").unbind(1)
         self.sizes = torch.stack([each.sum() for each in placed])
         self.budget = torch.stack(budgets)
         member = pad_sequence(members, batch_first=True, padding_value=-1)
@@ -82,7 +82,7 @@ class Pictures:
             int64 [I, K'], tokens of each item, -1 behind its last; and the others as [I, K', ...], zeros where a token
             was not chosen but left over.
         """
-        flat = torch.arange(used.numel()).view_as(used)
+        flat = torch.arange(used.numel(), device="cpu").view_as(used)
         slots, extra = [], []
         for item, loose in enumerate(self._loose):
             mine = flat[self.item == item][used[self.item == item]]

@@ -28,7 +28,7 @@ def axis_windows(length: int, kernel: int | None = None, count: int | None = Non
         count = -(-length // kernel)
     else:
         kernel = -(-length // count)
-    step, wide = torch.arange(count), length % count or count
+    step, wide = torch.arange(count, device="cpu"), length % count or count
     if count * kernel == length:
         starts = step * kernel
     elif count * (kernel - 1) + wide == length:
@@ -64,7 +64,7 @@ class Windows:
     def of_count(cls, geometry: Geometry, count: int) -> Windows:
         """As many windows as `count`, at most one a token; `_of_count` says of which shape."""
         volumes = _volumes(geometry)
-        each = shares(torch.tensor([volume.numel() for volume in volumes]), count).tolist()
+        each = shares(torch.tensor([volume.numel() for volume in volumes], device="cpu"), count).tolist()
         return cls._over(volumes, [_of_count(*volume.shape, share) for volume, share in zip(volumes, each)])
 
     @classmethod
@@ -95,7 +95,7 @@ def _volumes(geometry: Geometry) -> list[Tensor]:
     for number in numbers.unique().tolist():
         here = placed[numbers == number]
         row, col = (place - place.min() for place in (geometry.row[here], geometry.col[here]))
-        plane = torch.full((int(row.max()) + 1, int(col.max()) + 1), -1)
+        plane = torch.full((int(row.max()) + 1, int(col.max()) + 1), -1, device="cpu")
         plane[row, col] = here
         if len(here) < plane.numel():
             raise ValueError("hicom pools whole pictures: let it act before methods that cut them")
@@ -120,7 +120,7 @@ def _of_count(frames: int, rows: int, cols: int, count: int) -> tuple[Tensor, Te
     of rows, and each band into windows, as square as the count allows. Every axis by `axis_windows`.
     """
     if not count:
-        return torch.empty(0, 0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+        return torch.empty(0, 0, dtype=torch.int64, device="cpu"), torch.empty(0, dtype=torch.int64, device="cpu")
     scale = (frames * rows * cols / (TIME * SIDE * SIDE * count)) ** (1 / 3)
     stretches = max(1, min(frames, count, round(frames / (TIME * scale))), -(-count // (rows * cols)))
     starts, long = axis_windows(frames, count=stretches)
@@ -132,7 +132,11 @@ def _of_count(frames: int, rows: int, cols: int, count: int) -> tuple[Tensor, Te
         tops, high = axis_windows(rows, count=bands)
         for band, top in enumerate(tops.tolist()):
             width = (band + 1) * share // bands - band * share // bands
-            single = [(torch.tensor([start]), long), (torch.tensor([top]), high), axis_windows(cols, count=width)]
+            single = [
+                (torch.tensor([start], device="cpu"), long),
+                (torch.tensor([top], device="cpu"), high),
+                axis_windows(cols, count=width),
+            ]
             cells, centre = _product(single, rows, cols)
             members.append(cells)
             middle.append(centre)
@@ -143,7 +147,7 @@ def _product(axes: list[tuple[Tensor, int]], rows: int, cols: int) -> tuple[Tens
     scales = (rows * cols, cols, 1)
     starts = [start * scale for (start, _), scale in zip(axes, scales)]
     corner = (starts[0][:, None, None] + starts[1][:, None] + starts[2]).flatten()
-    inside = [torch.arange(size) * scale for (_, size), scale in zip(axes, scales)]
+    inside = [torch.arange(size, device="cpu") * scale for (_, size), scale in zip(axes, scales)]
     offset = (inside[0][:, None, None] + inside[1][:, None] + inside[2]).flatten()
     centre = sum((size - 1) // 2 * scale for (_, size), scale in zip(axes, scales))
     return corner[:, None] + offset, corner + centre

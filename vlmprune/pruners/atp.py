@@ -75,7 +75,7 @@ def spatial_scores(geometry: Geometry) -> Tensor:
 
     Grids of strides 2, 4 and 8 from the first row and column of each plane, in original coordinates at every module.
     """
-    scores = torch.full((len(geometry),), -1.0)
+    scores = torch.full((len(geometry),), -1.0, device="cpu")
     for stride in STRIDES:
         scores[on_grid(geometry, stride)] = 1 - SAMPLING / stride**2
     return scores
@@ -279,7 +279,7 @@ class ATP(_Scored):
         own, cross, redundancy, spatial, alive = self._scores(tokens)
         originally = [len(shape) for shape in tokens.shapes]
         asked = [self._modules.share(self._modules.ask(self._ratio(count))) for count in originally]
-        whole, wanted = torch.tensor([originally, asked]).to(alive.device, non_blocking=True)
+        whole, wanted = torch.tensor([originally, asked], device="cpu").to(alive.device, non_blocking=True)
         head = self._modules.to(alive.device).heads[self.layers(tokens.depth).index(tokens.layer)]
         with torch.no_grad():
             thresholds = head(statistics(own, cross, alive, whole, wanted))
@@ -353,7 +353,7 @@ class ATPCalibrated(_Scored):
         for stride in STRIDES if self.grid else ():
             if int((cells := on_grid(shape, stride)).sum()) <= left:
                 return cells
-        return torch.zeros(len(shape), dtype=torch.bool)
+        return torch.zeros(len(shape), dtype=torch.bool, device="cpu")
 
 
 @dataclass(kw_only=True)

@@ -134,10 +134,10 @@ def patch_relevance(scores: Tensor, grid: tuple[int, int]) -> Callable[[VisualTo
             )
         tables, first = [], 0
         for shape, count in zip(tokens.shapes, frames):
-            size = torch.tensor(shape.grids)[shape.plane]
+            size = torch.tensor(shape.grids, device="cpu")[shape.plane]
             # grid_sample's coordinates: -1 and 1 are the picture's edges.
             place = torch.stack([shape.col + 0.5, shape.row + 0.5], 1) / size.flip(1) * 2 - 1
-            table = torch.zeros(len(shape))
+            table = torch.zeros(len(shape), device="cpu")
             for number in range(count):
                 here = ~shape.placeless & ((shape.plane == number) | (count == 1))
                 picture = maps[first + number, None].cpu()

@@ -65,7 +65,9 @@ class DyCoke(FrameMethod):
         return 0
 
     def select_cache(self, tokens: VisualTokens) -> Selection:
-        counts = torch.tensor([self.cache_budget(count, count, tokens.layer, tokens.depth) for count in tokens.counts])
+        counts = torch.tensor(
+            [self.cache_budget(count, count, tokens.layer, tokens.depth) for count in tokens.counts], device="cpu"
+        )
         return Selection(top_indices(tokens.signal("cache_attention").masked_fill(~tokens.valid, -1), counts))
 
     def of_image(self, geometry: Geometry, frames: Tensor, keep: int) -> tuple[Tensor, Tensor | None]:
@@ -86,7 +88,7 @@ class DyCoke(FrameMethod):
 def changed(frames: Tensor, each: int, more: int = 0) -> Tensor:
     """bool [T, n]: stage 1's choice, `each` tokens of every frame that is compared, one more of the first `more`."""
     count, size = frames.shape[:2]
-    number = torch.arange(count)
+    number = torch.arange(count, device="cpu")
     inside = number % WINDOW
     against = number - torch.where(inside == 2, 2, 1).masked_fill(inside == 0, 0)
     similar = cosine(frames, frames[against.to(frames.device)])

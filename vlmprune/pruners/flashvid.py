@@ -101,7 +101,7 @@ class FlashVID(FrameMethod):
 
     def choose(self, frames: Tensor, keep: int, part: Callable[[str], Tensor]) -> tuple[Tensor, Tensor | None]:
         count, size = frames.shape[:2]
-        shares = torch.tensor([keep // count + (number < keep % count) for number in range(count)])
+        shares = torch.tensor([keep // count + (number < keep % count) for number in range(count)], device="cpu")
         firsts = (shares * self.selected - 1e-6).ceil().long()
         each, few = shares.to(frames.device, non_blocking=True), firsts.to(frames.device, non_blocking=True)
         scene = scenes(frames, self.threshold, self.least_scenes)

@@ -89,7 +89,7 @@ class FoPru(Pruner):
         scores = scores.masked_fill(~pictures.placed, -torch.inf)
         if self.mode == "rank":
             index = top_indices(scores, pictures.budget)
-            used = torch.arange(index.shape[1]) < pictures.budget[:, None]
+            used = torch.arange(index.shape[1], device="cpu") < pictures.budget[:, None]
             return Selection(pictures.collect(index, used)[0])
         lines = [line_of(shape) for shape in tokens.geometry]
         rows = pad_sequence(lines, batch_first=True).to(scores.device, non_blocking=True)
@@ -99,7 +99,7 @@ class FoPru(Pruner):
             for item, number in zip(pictures.item.tolist(), pictures.number.tolist())
         ]
         keep = [self._share(rows, tokens.counts[item]) for rows, item in zip(many, pictures.item.tolist())]
-        stays = best_rows(scores, line, torch.tensor(many), torch.tensor(keep))
+        stays = best_rows(scores, line, torch.tensor(many, device="cpu"), torch.tensor(keep, device="cpu"))
         width = tokens.features.shape[1]
         chosen = pictures.back(stays & pictures.placed, width)
         index = torch.where(chosen, torch.arange(width, device=chosen.device), width).sort(dim=1).values
@@ -136,7 +136,7 @@ def best_rows(scores: Tensor, line: Tensor, many: Tensor, keep: Tensor) -> Tenso
     inside = scores > -torch.inf
     member = ((line[:, None] == number[:, None]) & inside[:, None]).float()
     total = (member @ torch.where(inside, scores, 0.0)[..., None])[..., 0]
-    there = (torch.arange(len(number)) < many[:, None]).to(scores.device, non_blocking=True)
+    there = (torch.arange(len(number), device="cpu") < many[:, None]).to(scores.device, non_blocking=True)
     best = top_indices(total.masked_fill(~there, -torch.inf), keep)
     stays = torch.zeros(len(scores), len(number) + 1, dtype=torch.bool, device=scores.device)
     stays = stays.scatter(1, torch.where(best < 0, len(number), best), True)[:, :-1]
@@ -146,6 +146,6 @@ def best_rows(scores: Tensor, line: Tensor, many: Tensor, keep: Tensor) -> Tenso
 def line_of(geometry: Geometry) -> Tensor:
     """int64 [N]: each token's row, counted from the first of its own picture (0 for tokens that show no place)."""
     picture, placed = picture_of(geometry), ~geometry.placeless
-    first = torch.full((max(len(geometry.pictures), 1),), torch.iinfo(torch.int64).max)
+    first = torch.full((max(len(geometry.pictures), 1),), torch.iinfo(torch.int64).max, device="cpu")
     first = first.scatter_reduce(0, picture[placed], geometry.row[placed], "amin")
     return torch.where(placed, geometry.row - first[picture.clamp(min=0)], 0)

@@ -156,7 +156,7 @@ def goal(total: float, spent: float, layers: int) -> float:
 def places(shape: Geometry) -> Tensor:
     """int64 [N], on the CPU: place of each token in the picture, the same in every frame; -1: none, or an image."""
     if shape.kind != "video":
-        return torch.full((len(shape),), -1)
+        return torch.full((len(shape),), -1, device="cpu")
     columns = max((grid[1] for grid in shape.grids), default=1)
     return torch.where(shape.placeless, -1, shape.row * columns + shape.col)
 

@@ -24,7 +24,7 @@ def loader_frames(total: int, count: int) -> Tensor:
     """
     count = min(total, count)
     edges = [round((total - 1) / count * i) for i in range(count + 1)]
-    return torch.tensor([(left + right) // 2 for left, right in pairwise(edges)])
+    return torch.tensor([(left + right) // 2 for left, right in pairwise(edges)], device="cpu")
 
 
 def matching_frames(score: Tensor, count: int) -> Tensor:
@@ -115,7 +115,7 @@ def streams(
         boxes = region(relevant_cells(score, roi), grid, roi)
         return crop_tokens(pool_pairs(features[chosen]), boxes, grid).flatten(0, 1)
 
-    even = torch.linspace(0, total, middle + 1, dtype=torch.float64).long()[:-1]
+    even = torch.linspace(0, total, middle + 1, dtype=torch.float64, device="cpu").long()[:-1]
     most = matching_frames(frame_score, fast)
     square = features[most].transpose(1, 2).unflatten(-1, (side, side))
     pooled = F.adaptive_avg_pool2d(square, fast_grid).flatten(2).transpose(1, 2)

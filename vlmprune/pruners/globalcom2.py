@@ -199,8 +199,8 @@ def tile_grid(geometry: Geometry) -> tuple[int, int]:
 def regions(shape: tuple[int, int], grid: tuple[int, int]) -> Tensor:
     """int64 [rows * cols]: the crop, numbered row by row, whose region each cell of a map of `shape` lies in."""
     (rows, cols), (down, across) = shape, grid
-    row = (torch.arange(rows) // max(rows // down, 1)).clamp(max=down - 1)
-    col = (torch.arange(cols) // max(cols // across, 1)).clamp(max=across - 1)
+    row = (torch.arange(rows, device="cpu") // max(rows // down, 1)).clamp(max=down - 1)
+    col = (torch.arange(cols, device="cpu") // max(cols // across, 1)).clamp(max=across - 1)
     return (row[:, None] * across + col).flatten()
 
 
@@ -238,7 +238,7 @@ class _View:
             self.thumbnail = place.argsort(stable=True)[: rows * cols].to(device, non_blocking=True)
             self._map = rows, cols
             of = regions(self._map, tile_grid(geometry))
-            self._regions = (of == torch.arange(crops)[:, None]).to(device, non_blocking=True)
+            self._regions = (of == torch.arange(crops, device="cpu")[:, None]).to(device, non_blocking=True)
             self._row = geometry.row.clamp(min=0).to(device, non_blocking=True)
             self._col = geometry.col.clamp(min=0).to(device, non_blocking=True)
         # A line break ends what stands between it and the one before, in its plane.
@@ -247,8 +247,8 @@ class _View:
         self._line, self._loose = line.to(device, non_blocking=True), loose.to(device, non_blocking=True)
         self.group = group.to(device, non_blocking=True)
         self.members = self.group == torch.arange(1, crops + 1, device=device)[:, None]
-        self.size_of = torch.tensor(self.sizes[:-1], dtype=torch.float64).to(device, non_blocking=True)
-        starts = torch.tensor([0, *self.sizes[:-1]]).cumsum(0)
+        self.size_of = torch.tensor(self.sizes[:-1], dtype=torch.float64, device="cpu").to(device, non_blocking=True)
+        starts = torch.tensor([0, *self.sizes[:-1]], device="cpu").cumsum(0)
         self._start = starts.to(device, non_blocking=True)
 
     def rank(self, scores: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ class _Windowed(Pruner):
         read = zip(*self.read(tokens))
         chosen = [self._item(tokens, item, keep, *own) for item, (keep, own) in enumerate(zip(budget.tolist(), read))]
         index, rows, merged = (pad_sequence(list(each), batch_first=True) for each in zip(*chosen))
-        counts = torch.tensor([len(each) for each, _, _ in chosen]).to(index.device, non_blocking=True)
+        counts = torch.tensor([len(each) for each, _, _ in chosen], device="cpu").to(index.device, non_blocking=True)
         real = torch.arange(index.shape[1], device=index.device) < counts[:, None]
         return Selection(index.masked_fill(~real, -1), rows, merged)
 
@@ -118,7 +118,7 @@ class _Windowed(Pruner):
             windows = Windows.of_kernel(geometry, *self.kernel)
             last = min(last, len(geometry) - len(windows))
         loose = geometry.placeless.nonzero().flatten()[:spare]
-        taken = torch.zeros(len(geometry), dtype=torch.bool)
+        taken = torch.zeros(len(geometry), dtype=torch.bool, device="cpu")
         taken[windows.middle] = taken[loose] = True
         ends = (~taken).nonzero().flatten()[len(geometry) - int(taken.sum()) - last :]
         index = torch.cat([windows.middle, loose, ends]).to(features.device, non_blocking=True)
@@ -128,7 +128,13 @@ class _Windowed(Pruner):
         if last:
             rows.append(self.whole(tokens, item, guide, last).to(features.dtype))
         changed = (windows.members >= 0).sum(1) > 1
-        merged = torch.cat([changed, torch.zeros(len(loose), dtype=torch.bool), torch.ones(last, dtype=torch.bool)])
+        merged = torch.cat(
+            [
+                changed,
+                torch.zeros(len(loose), dtype=torch.bool, device="cpu"),
+                torch.ones(last, dtype=torch.bool, device="cpu"),
+            ]
+        )
         return index, torch.cat(rows), merged.to(features.device, non_blocking=True)
 
 

@@ -163,7 +163,7 @@ def mmtok_select(
     width = min(int(k.max()), n)
     picks = []
     # Items need not be held together, and their tables are the largest thing here.
-    for part in torch.arange(items).split(max(1, _TABLE // max(1, n * n))):
+    for part in torch.arange(items, device="cpu").split(max(1, _TABLE // max(1, n * n))):
         some = slice(int(part[0]), int(part[-1]) + 1)
         words_table, tokens_table = coverage_tables(
             features[some],

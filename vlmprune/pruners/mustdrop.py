@@ -221,7 +221,7 @@ def _peak(attention: Tensor) -> Tensor:
 
 def key_tokens(saliency: Tensor, originals: Sequence[int], rate: float) -> Tensor:
     """bool [I, N]: the ceil(rate * original count) tokens of each item with the largest saliency [I, N]."""
-    count = torch.tensor([math.ceil(rate * each - 1e-6) for each in originals])
+    count = torch.tensor([math.ceil(rate * each - 1e-6) for each in originals], device="cpu")
     index = top_indices(saliency, count)
     chosen = torch.zeros(len(index), saliency.shape[1] + 1, dtype=torch.bool, device=saliency.device)
     return chosen.scatter(1, torch.where(index < 0, saliency.shape[1], index), True)[:, :-1]

@@ -29,7 +29,7 @@ class Random(Pruner):
 
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
         picks = [
-            torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))[:keep]
+            torch.randperm(count, generator=torch.Generator().manual_seed(self.seed), device="cpu")[:keep]
             for count, keep in zip(tokens.counts, budget.tolist())
         ]
         index = torch.nn.utils.rnn.pad_sequence(picks, batch_first=True, padding_value=-1)

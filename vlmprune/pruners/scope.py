@@ -54,7 +54,9 @@ class _Scope(Wrapper):
         device = tokens.features.device
         choice = Selection(torch.empty(0, 0, dtype=torch.int64, device=device))
         if asked:
-            choice = self.pruner.select(_restrict(tokens, asked), torch.tensor([part.keep for part in asked]))
+            choice = self.pruner.select(
+                _restrict(tokens, asked), torch.tensor([part.keep for part in asked], device="cpu")
+            )
         merges, flags = choice.features is not None, choice.merged
         if merges and flags is None:
             flags = torch.ones_like(choice.index, dtype=torch.bool)

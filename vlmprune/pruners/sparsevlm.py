@@ -280,5 +280,5 @@ def _schedule(
 
 def _filled(lengths: Sequence[int], device: torch.device, width: int | None = None) -> Tensor:
     """bool [I, width]: the first so many of each row."""
-    place = torch.arange(max(lengths) if width is None else width)
-    return (place < torch.tensor(lengths)[:, None]).to(device, non_blocking=True)
+    place = torch.arange(max(lengths) if width is None else width, device="cpu")
+    return (place < torch.tensor(lengths, device="cpu")[:, None]).to(device, non_blocking=True)

@@ -73,11 +73,13 @@ class TokenCorrelation(Pruner):
         return sum(2 * tokens**2 * sizes.encoder_key for tokens in sizes.parts)
 
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
-        limits = torch.tensor([self._limit(count) for count in tokens.counts])
+        limits = torch.tensor([self._limit(count) for count in tokens.counts], device="cpu")
         pictures = Pictures(tokens, limits)
         device = tokens.features.device
         whole = pad_sequence([overview(shape) for shape in tokens.geometry], batch_first=True).to(device)
-        tiled = torch.tensor([len(shape.pictures) > 1 and shape.kind == "image" for shape in tokens.shapes]).to(device)
+        tiled = torch.tensor(
+            [len(shape.pictures) > 1 and shape.kind == "image" for shape in tokens.shapes], device="cpu"
+        ).to(device)
         wanted = correlation_select(
             pictures.rows(tokens.signal("encoder_keys")),
             pictures.rows(tokens.signal(_ATTENTION)),
@@ -129,7 +131,9 @@ def correlation_select(
     local = attention.float().masked_fill(~mask, 0.0)
     if seed is not None:
         # The largest of log p plus Gumbel noise are a draw without replacement.
-        noise = torch.rand(local.shape[1], generator=torch.Generator().manual_seed(seed)).clamp(1e-12, 1 - 1e-7)
+        noise = torch.rand(local.shape[1], generator=torch.Generator().manual_seed(seed), device="cpu").clamp(
+            1e-12, 1 - 1e-7
+        )
         local = local.clamp(min=1e-30).log() - (-noise.log()).log().to(local.device)
     always = iqr_outliers(attention, mask, factor)
     if spared is not None:

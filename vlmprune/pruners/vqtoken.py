@@ -192,7 +192,7 @@ class _Clustered(Pruner):
                 there = torch.ones(1, number, dtype=torch.bool, device=x.device)
                 curve.append(distortion(rows, *kmeans(rows, start, real, there, self.iterations, self.tolerance)))
             found.append(sizes[elbow(torch.cat(curve)) - 1])
-        return torch.tensor(found)
+        return torch.tensor(found, device="cpu")
 
 
 @register_pruner
@@ -284,7 +284,7 @@ class VQAttention(nn.Module):
 
 def cells(geometry: Geometry, grid: Sequence[int]) -> Tensor:
     """int64 [N] on the CPU: the cell of a frames x rows x columns grid over the item that each token lies in, or -1."""
-    sizes = torch.tensor(geometry.grids)[geometry.plane]
+    sizes = torch.tensor(geometry.grids, device="cpu")[geometry.plane]
     where = (geometry.plane, geometry.row, geometry.col)
     extents = (torch.full_like(geometry.plane, len(geometry.grids)), sizes[:, 0], sizes[:, 1])
     place = torch.zeros_like(geometry.plane)
