@@ -146,10 +146,11 @@ class Adapter(ABC):
 
     def _projected(self, part: str, layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         attention: Any = layer.self_attn
-        here, home = hidden.device, layer.input_layernorm.weight.device  # type: ignore[union-attr]
+        norm: Any = layer.input_layernorm
+        here, home = hidden.device, norm.weight.device
         if home.type != "meta":  # an offloaded layer is moved by its own hooks
             hidden = hidden.to(home)
-        hidden = layer.input_layernorm(hidden)  # type: ignore[operator]
+        hidden = norm(hidden)
         rows = getattr(attention, f"{part}_proj")(hidden).view(*hidden.shape[:-1], -1, attention.head_dim)
         if hasattr(attention, f"{part}_norm"):
             rows = getattr(attention, f"{part}_norm")(rows)

@@ -39,7 +39,7 @@ def test_golden_transition(path: Path) -> None:
     shown = torch.ones(attention.shape, dtype=torch.bool)
     runtime: Any = Signals.__new__(Signals)
     runtime.course, runtime._changes = SimpleNamespace(host_shown=lambda: shown), {}
-    runtime.wanted = frozenset({"transition"})
+    runtime.wanted, runtime.replies = frozenset({"transition"}), None
     for block in ("attn", "ffn"):
         Signals._after_block(runtime, torch.nn.Identity(), (data[f"{block}_in"],), {}, data[f"{block}_out"])
     torch.testing.assert_close(runtime._changes["transition"], data["ttv"], atol=1e-7, rtol=1e-4)

@@ -363,8 +363,10 @@ class Session:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
         if hidden.device != course.device:  # a model spread over several devices
-            for part in (course, self._signals, *self._live):
-                part.move(hidden.device)
+            course.move(hidden.device)
+            self._signals.move(hidden.device)
+            for each in self._live:
+                each.move(hidden.device)
         course.cache = cache_of(kwargs)
         before = course.columns
         if number > 0 and number in self._stages and self._live:
