@@ -1,4 +1,4 @@
-"""Every tensor says where it lives: the user's default device, or that of another layer, is never ours to land on."""
+"""Every tensor says where it lives: none lands on the default device of the user."""
 
 from __future__ import annotations
 
