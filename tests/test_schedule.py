@@ -50,13 +50,13 @@ def test_everything_stays_at_one_and_one_is_a_count_when_it_is_an_int() -> None:
     layers, ratios = PUBLISHED[0][:2]
     assert stage_counts(576, 1.0, layers, ratios, 32) == [576] * 3
     assert stage_counts(10, 10, layers, ratios, 32) == stage_counts(10, 99, layers, ratios, 32) == [10] * 3
-    with pytest.raises(ValueError, match=r"keep 1 is out of reach.*average 0\.25 of 10 tokens over 32 layers"):
+    with pytest.raises(ValueError, match=r"keep 1 is out of reach.*average 2\.5 of 10 tokens over 32 layers"):
         stage_counts(10, 1, layers, ratios, 32)
     assert stage_counts(576, 144, layers, ratios, 32) == [0, 0, 0]
     with pytest.raises(ValueError, match="larger keep"):
         stage_counts(576, 0.2, layers, ratios, 32)
     # A stage that keeps all adds to what cannot go.
-    with pytest.raises(ValueError, match=r"average 0\.5"):
+    with pytest.raises(ValueError, match=r"average 0\.5 of the tokens"):
         stage_counts(576, 0.4, (8, 16), (1.0, 0.5), 32)
 
 

@@ -133,9 +133,10 @@ def truncate(value: float) -> int:
 def check_reach(count: int, keep: Keep, least: float, depth: int) -> None:
     """Raise a ValueError if `least` tokens, the smallest average over all layers there can be, are more than `keep`."""
     if least > (float(keep) if isinstance(keep, numbers.Integral) else keep * count) * (1 + 1e-9):
+        share = f"{least:.3g} of {count}" if isinstance(keep, numbers.Integral) else f"{least / count:.3g} of the"
         raise ValueError(
-            f"keep {keep} is out of reach: the layers that see every token average {least / count:.3g} of {count} "
-            f"tokens over {depth} layers; use a larger keep or an earlier first stage"
+            f"keep {keep} is out of reach: the layers that see every token alone average {share} tokens over {depth} "
+            "layers; use a larger keep or an earlier first stage"
         )
 
 
