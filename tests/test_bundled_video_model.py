@@ -128,3 +128,26 @@ def test_it_answers_questions_about_clips_it_never_saw_and_pruning_can_be_told_f
     with vlmprune.prune(model, "random", keep=0.25):
         chance = accuracy(model, processor, asked)
     assert chance < diverse - 0.05
+
+
+@pytest.mark.parametrize(("name", "stand_in"), [("vqtoken", "kmeans_tokens"), ("hicom", "hicom_local")])
+def test_trained_modules_fit_it(loaded, asked, name, stand_in):
+    """At a tenth of the tokens they are ahead of the same method without training."""
+    model, processor = loaded
+    weights = {"hicom": bundled.hicom_weights, "vqtoken": bundled.vqtoken_weights}[name](video=True)
+    with vlmprune.prune(model, name, keep=0.1, weights=weights):
+        trained = accuracy(model, processor, asked[:80])
+    with vlmprune.prune(model, stand_in, keep=0.1):
+        untrained = accuracy(model, processor, asked[:80])
+    assert trained > untrained + 0.05
+
+
+def test_a_predicted_budget_fits_it(loaded, asked):
+    """QTSplus: more for longer clips, a quarter of the tokens on average, and most answers still right."""
+    model, processor = loaded
+    with vlmprune.prune(model, "qtsplus", weights=bundled.qtsplus_weights(video=True)) as session:
+        right = accuracy(model, processor, asked[:80])
+    counts = [item.tokens_after for item in session.last.items]
+    assert len(set(counts)) > 3
+    assert 0.15 < session.last.average_keep < 0.35
+    assert right > 0.75

@@ -44,6 +44,10 @@ class DemoScene:
     questions: tuple[DemoQuestion, ...]
 
 
+def _model(video: bool) -> str:
+    return "digit-qwen-vl" if video else "digit-llava"
+
+
 def model_path() -> Path:
     """Folder of the bundled model, readable by `from_pretrained`."""
     return _HERE / "digit-llava"
@@ -69,9 +73,9 @@ def gsearch_schedule() -> Path:
     return _HERE / "digit-llava-gsearch.json"
 
 
-def qtsplus_weights() -> Path:
-    """Folder of QTSplus's selector for the bundled model: `vlmprune.QTSplus(weights=bundled.qtsplus_weights())`."""
-    return _HERE / "digit-llava-qtsplus"
+def qtsplus_weights(video: bool = False) -> Path:
+    """Folder of QTSplus's selector for the bundled model, or the video model: `vlmprune.QTSplus(weights=...)`."""
+    return _HERE / f"{_model(video)}-qtsplus"
 
 
 def explain_weights() -> Path:
@@ -79,14 +83,14 @@ def explain_weights() -> Path:
     return _HERE / "digit-llava-explain"
 
 
-def hicom_weights() -> Path:
-    """Folder of HICom's modules for the bundled model: `vlmprune.HICom(weights=bundled.hicom_weights())`."""
-    return _HERE / "digit-llava-hicom"
+def hicom_weights(video: bool = False) -> Path:
+    """Folder of HICom's modules for the bundled model, or the video model: `vlmprune.HICom(weights=...)`."""
+    return _HERE / f"{_model(video)}-hicom"
 
 
-def vqtoken_weights() -> Path:
-    """Folder of VQToken's module for the bundled model: `vlmprune.VQToken(weights=bundled.vqtoken_weights())`."""
-    return _HERE / "digit-llava-vqtoken"
+def vqtoken_weights(video: bool = False) -> Path:
+    """Folder of VQToken's module for the bundled model, or the video model: `vlmprune.VQToken(weights=...)`."""
+    return _HERE / f"{_model(video)}-vqtoken"
 
 
 def load(dtype: torch.dtype | None = None) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
