@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -29,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vlmprune import video
+from vlmprune.kernels.bench import processor_name
 from vlmprune.video import available, read_video
 
 HEIGHT, WIDTH, FPS, WANTED = 108, 192, 25, 16
@@ -121,7 +121,7 @@ def main() -> None:
     result = {
         "date": datetime.now(timezone.utc).date().isoformat(),
         "machine": {
-            "processor": platform.processor() or platform.machine(),
+            "processor": processor_name(),
             "cores": os.cpu_count(),
             "load_average": round(os.getloadavg()[0], 1),
             "versions": {row["backend"]: version(packages[row["backend"]]) for row in rows},
