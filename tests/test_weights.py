@@ -170,3 +170,19 @@ def test_nothing_or_something_else(case: Trained) -> None:
     for weights in (other.kind.load(other.folder()), 3):
         with pytest.raises(ValueError, match=rf"{case.name} takes as weights= a folder or a {case.kind.__name__}"):
             vlmprune.create_pruner(case.name, weights=weights)
+
+
+@each
+def test_weights_for_another_kind_of_model_are_refused(case: Trained, tmp_path: Path) -> None:
+    """Of the same width and depth, they would choose without a word; in wrappers and compositions too."""
+    folder = tmp_path / "weights"
+    case.kind.load(case.folder()).save(folder, model={"model_type": "llava_next"})
+    model = model_of(FAMILIES["llava-clip-llama"])
+    pruner = vlmprune.create_pruner(case.name, weights=folder)
+    first = vlmprune.create_pruner("uniform", positions=pruner.positions)
+    why = rf"{case.name} are for a model of type 'llava_next', this one is a 'llava'"
+    for wrong in (pruner, vlmprune.Merge(pruner), vlmprune.Compose(first, pruner)):
+        with pytest.raises(ValueError, match=why):
+            vlmprune.prune(model, wrong)
+    case.kind.load(case.folder()).save(folder, model={"model_type": "llava"})
+    vlmprune.prune(model, case.name, weights=folder).close()

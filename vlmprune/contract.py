@@ -564,6 +564,9 @@ class Pruner(ABC):
         """
         raise NotImplementedError(f"{self.name} names cache layers, so it must select there")
 
+    def check_model(self, config: Any) -> None:  # noqa: B027  most methods serve any
+        """Raise a ValueError where it cannot serve a model of this config; asked once, by `prune()`."""
+
     def accumulate(self, depth: int) -> tuple[int, ...]:
         """Decoder layers, of `depth`, over which the signal "transition" is summed."""
         return ()

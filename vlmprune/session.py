@@ -110,6 +110,7 @@ class Session:
         self.model, self.pruner = model, pruner
         self.adapter = adapter = adapter_for(model)
         depth = len(adapter.decoder_layers)
+        pruner.check_model(adapter.config)
         self._stages = tuple(pruner.layers(depth))
         self._signals = Signals(adapter, pruner.needs, pruner.accumulate(depth), self._stages)
         self._check()

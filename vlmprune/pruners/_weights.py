@@ -81,12 +81,24 @@ def load_module(folder: str | Path, method: str, script: str, build: Callable[[d
             raise ValueError(f"these are weights of {config.get('method')!r}, not of {method!r}")
         module = build(config)
         module.load_state_dict(load_file(folder / "model.safetensors"))
+        module.made_for = config.get("model")
     except (OSError, AttributeError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         why = " ".join(str(error).split())  # PyTorch's take several lines
         raise ValueError(
             f"weights {str(folder)!r} are not a folder that {script} wrote (config.json and model.safetensors): {why}"
         ) from error
     return module.eval().requires_grad_(False)
+
+
+def check_made_for(method: str, script: str, module: nn.Module, config: Any) -> None:
+    """Raise ValueError, with one sentence, where a module that was read from a folder was trained for another kind of
+    model: tokens of another one of the same width would be chosen, and chosen badly, without a word."""
+    kind = (getattr(module, "made_for", None) or {}).get("model_type")
+    if kind not in (None, config.model_type):
+        raise ValueError(
+            f"these weights of {method} are for a model of type {kind!r}, this one is a {config.model_type!r}: train "
+            f"others with {script}"
+        )
 
 
 def check_width(method: str, script: str, hidden: int, tokens: VisualTokens) -> None:

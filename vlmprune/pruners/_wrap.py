@@ -68,5 +68,8 @@ class Wrapper(Pruner):
     def reads(self, layer: int, depth: int) -> frozenset[str]:
         return self.pruner.reads(layer, depth)
 
+    def check_model(self, config: Any) -> None:
+        self.pruner.check_model(config)
+
     def accumulate(self, depth: int) -> tuple[int, ...]:
         return self.pruner.accumulate(depth)

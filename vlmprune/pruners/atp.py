@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vlmprune.contract import Geometry, Keep, Positions, Pruner, Selection, Sizes, VisualTokens
 from vlmprune.pruners._schedule import layer_average, stage_counts, stage_layers, stage_ratios
 from vlmprune.pruners._top import top_indices
-from vlmprune.pruners._weights import load_module, save_module, trained_module
+from vlmprune.pruners._weights import check_made_for, load_module, save_module, trained_module
 from vlmprune.registry import register_pruner
 
 LAYERS = (5, 15, 25)  # modules behind layers 4, 14 and 24 of 32
@@ -253,6 +253,9 @@ class ATP(_Scored):
         self._modules = trained_module(
             self.name, ThresholdModules, self.weights, "training/atp.py wrote", "atp-calibrated"
         )
+
+    def check_model(self, config: Any) -> None:
+        check_made_for(self.name, "training/atp.py", self._modules, config)
 
     def layers(self, depth: int) -> tuple[int, ...]:
         if depth != self._modules.depth:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -90,6 +90,10 @@ class Compose(Pruner):
     def select_cache(self, tokens: VisualTokens) -> Selection:
         owner = next(pruner for pruner in self.pruners if tokens.layer in pruner.cache_layers(tokens.depth))
         return owner.select_cache(tokens)
+
+    def check_model(self, config: Any) -> None:
+        for pruner in self.pruners:
+            pruner.check_model(config)
 
     def accumulate(self, depth: int) -> tuple[int, ...]:
         return tuple(sorted({layer for pruner in self.pruners for layer in pruner.accumulate(depth)}))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vlmprune.contract import Keep, Positions, Pruner, Selection, Sizes, VisualTokens
 from vlmprune.pruners._top import top_indices
-from vlmprune.pruners._weights import load_module, products, save_module, trained_module
+from vlmprune.pruners._weights import check_made_for, load_module, products, save_module, trained_module
 from vlmprune.registry import register_pruner
 
 CHANNELS = (32, 64, 128, 256, 512)
@@ -185,6 +185,9 @@ class Explain(_FirstLayer):
         self._mapper = trained_module(
             self.name, Mapper, self.weights, "training/explain.py wrote", "first_layer_attention"
         )
+
+    def check_model(self, config: Any) -> None:
+        check_made_for(self.name, "training/explain.py", self._mapper, config)
 
     def selection_flops(self, sizes: Sizes) -> int:
         return sizes.tokens * products(self._mapper)

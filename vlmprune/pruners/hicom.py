@@ -13,7 +13,7 @@ from torch.nn.functional import cosine_similarity
 from torch.nn.utils.rnn import pad_sequence
 
 from vlmprune.contract import Keep, Positions, Presets, Pruner, Selection, Sizes, VisualTokens
-from vlmprune.pruners._weights import check_width, load_module, products, save_module, trained_module
+from vlmprune.pruners._weights import check_made_for, check_width, load_module, products, save_module, trained_module
 from vlmprune.pruners._windows import SIDE, TIME, Windows
 from vlmprune.pruners.scope import Given, given_scores
 from vlmprune.registry import register_pruner
@@ -333,6 +333,9 @@ class HICom(_Windowed):
         super().__post_init__()
         _check_kernel(self.name, self.kernel)
         self._modules = trained_module(self.name, HIComModules, self.weights, f"{SCRIPT} wrote", "hicom_local")
+
+    def check_model(self, config: Any) -> None:
+        check_made_for(self.name, SCRIPT, self._modules, config)
 
     def globals_of(self, keep: int) -> int:
         return self._modules.queries if self.kernel else min(self._modules.queries, keep // 4)

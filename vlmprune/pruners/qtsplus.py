@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vlmprune.contract import Keep, Positions, Pruner, Selection, Sizes, VisualTokens
 from vlmprune.pruners._top import top_indices
-from vlmprune.pruners._weights import check_width, load_module, load_part, save_module, trained_module
+from vlmprune.pruners._weights import check_made_for, check_width, load_module, load_part, save_module, trained_module
 from vlmprune.registry import register_pruner
 
 PREFIX = "model.qts_plus.selector."
@@ -346,6 +346,9 @@ class QTSplus(_Counted):
         source = "training/qtsplus.py wrote or of a QTSplus checkpoint"
         self._selector = trained_module(self.name, TokenSelector, self.weights, source, "qtsplus-training-free")
         self._placed: tuple[torch.device, torch.dtype, TokenSelector] | None = None
+
+    def check_model(self, config: Any) -> None:
+        check_made_for(self.name, "training/qtsplus.py", self._selector, config)
 
     def layers(self, depth: int) -> tuple[int, ...]:
         if depth != self._selector.depth:

@@ -13,7 +13,7 @@ from torch.nn.functional import cosine_similarity, normalize
 from vlmprune.contract import Geometry, Keep, Positions, Pruner, Selection, Sizes, VisualTokens
 from vlmprune.kernels import max_min_flops, max_min_select, merge_tokens, pairwise_cosine
 from vlmprune.pruners._places import fill_up, placed, remaining
-from vlmprune.pruners._weights import check_width, load_module, products, save_module, trained_module
+from vlmprune.pruners._weights import check_made_for, check_width, load_module, products, save_module, trained_module
 from vlmprune.registry import register_pruner
 
 BLOCK = 1 << 26  # entries of the table of similarities held at a time, 256 MiB in fp32
@@ -347,6 +347,9 @@ class VQToken(_Clustered):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._module = trained_module(self.name, VQAttention, self.weights, f"{SCRIPT} wrote", "kmeans_tokens")
+
+    def check_model(self, config: Any) -> None:
+        check_made_for(self.name, SCRIPT, self._module, config)
 
     def finish_flops(self, clusters: int) -> int:
         return clusters * products(self._module) + 4 * clusters**2 * self._module.width
