@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from typing import ClassVar
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner
 
 import vlmprune
@@ -659,3 +661,19 @@ def test_frames_chosen_beforehand(tmp_path, digits):
     still = call("sweep", "--data", digits, *QUICK, *flags[:2], "--out", tmp_path / "still")
     assert still.exit_code == 0, still.output
     assert "without one" in rows(tmp_path / "still")["free_video_llm"]["reason"]
+
+
+def test_the_table_fits_a_terminal() -> None:
+    """80 columns hold every figure of the committed rows; long names are folded."""
+    from vlmprune.sweep.cli import _table
+
+    rows = store.read(Path(__file__).parents[1] / "benchmarks" / "results" / "accuracy" / "results.jsonl")
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(_table(rows))
+    text = console.export_text()
+    assert "…" not in text
+    for row in rows:
+        if row["status"] == "ok":
+            low, high = row["ci"]
+            assert f"{100 * row['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]" in text
+    assert f"{100 * rows[1]['vs_unpruned']['difference']:+.1f}" in text

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from vlmprune.sweep.config import load_config
 from vlmprune.sweep.plan import UNPRUNED, Setting
+from vlmprune.sweep.series import short_names
 
 
 def run_sweep(
@@ -105,14 +106,20 @@ def _result(row: dict[str, Any]) -> str:
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("model", "method", "keep", "positions"):
+    """One line a row; names take what room the figures leave."""
+    settings = [Setting(**{key: row[key] for key in Setting.__dataclass_fields__}) for row in rows]
+    models, methods = short_names({each.model for each in settings}), short_names({each.label for each in settings})
+    several = len(models) > 1
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for name in ("model", "method") if several else ("method",):
+        table.add_column(name, overflow="fold", min_width=8)
+    for name in ("keep", "positions"):
         table.add_column(name, no_wrap=True)
-    for name in ("tokens", "FLOPs", "KV", "accuracy, % [95 %]", "to unpruned"):
+    for name in ("tokens", "FLOPs, %", "KV, %", "accuracy, % [95 %]", "change"):
         table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        setting = Setting(**{key: row[key] for key in Setting.__dataclass_fields__})
-        first = [setting.model, setting.label, str(setting.keep), setting.positions]
+    for row, setting in zip(rows, settings):
+        first = [models[setting.model]] * several
+        first += [methods[setting.label], str(setting.keep), setting.positions]
         if row["status"] != "ok":
             table.add_row(*map(escape, first), "", "", "", f"[dim]{row['status']}[/]", "")
             continue
@@ -121,9 +128,9 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         silent = " [yellow]pruned nothing[/]" if setting.method != UNPRUNED and not row["changed"] else ""
         table.add_row(
             *map(escape, first),
-            f"{row['tokens']['average']:.1f} of {row['tokens']['full']:.1f}",
-            f"{100 * row['flops']['ratio']:.1f} %",
-            f"{100 * row['kv_bytes']['ratio']:.1f} %",
+            f"{row['tokens']['average']:.1f}",
+            f"{100 * row['flops']['ratio']:.1f}",
+            f"{100 * row['kv_bytes']['ratio']:.1f}",
             f"{100 * row['accuracy']:.1f} \\[{100 * low:.1f}, {100 * high:.1f}]{silent}",
             "" if gap is None else f"{100 * gap['difference']:+.1f}",
         )
