@@ -111,11 +111,13 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     models, methods = short_names({each.model for each in settings}), short_names({each.label for each in settings})
     several = len(models) > 1
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.caption = "FLOPs of the prefill and KV cache in % of unpruned, accuracy in %, change in points"
+    table.caption_justify = "left"
     for name in ("model", "method") if several else ("method",):
         table.add_column(name, overflow="fold", min_width=8)
     for name in ("keep", "positions"):
         table.add_column(name, no_wrap=True)
-    for name in ("tokens", "FLOPs, %", "KV, %", "accuracy, % [95 %]", "change"):
+    for name in ("tokens", "FLOPs", "KV", "accuracy [95 %]", "change"):
         table.add_column(name, justify="right", no_wrap=True)
     for row, setting in zip(rows, settings):
         first = [models[setting.model]] * several
