@@ -21,6 +21,7 @@ from scipy.stats import binomtest
 
 import vlmprune
 from vlmprune import bundled
+from vlmprune.ask import batch_inputs
 from vlmprune.report import ItemReport
 from vlmprune.scenes import digit_scenes
 
@@ -71,12 +72,7 @@ class Benchmark:
     def _batches(self, size: int) -> Iterator[tuple[dict[str, Any], Sequence[Any]]]:
         for first in range(0, len(self.asked), size):
             part = self.asked[first : first + size]
-            parts = [[{"type": "image"}, {"type": "text", "text": question.text}] for _, question in part]
-            prompts = self.processor.apply_chat_template(
-                [[{"role": "user", "content": content}] for content in parts], add_generation_prompt=True
-            )
-            images = [[image] for image, _ in part]
-            inputs = self.processor(images=images, text=prompts, return_tensors="pt", padding=True, padding_side="left")
+            inputs = batch_inputs(self.processor, [(question.text, [image], []) for image, question in part])
             yield dict(inputs), [question for _, question in part]
 
     def ask(self, pruner: vlmprune.Pruner) -> Answers:
