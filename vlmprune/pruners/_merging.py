@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -77,28 +78,28 @@ class Merging(Pruner):
             return super().budget(counts, layer, depth)
         return [None] * len(counts)
 
+    @abstractmethod
     def goal(self, count: int, keep: int, layer: int, depth: int) -> int:
         """Patches, of `count`, left behind `layer` (of `depth`) where `keep` are to be left behind the last."""
-        raise NotImplementedError
 
     def encoder_rows(self, count: int, layer: int, depth: int) -> int:
         return min(count, self.goal(count, max(1, budget(count, self.keep)), layer, depth))
 
+    @abstractmethod
     def metric(self, patches: Patches) -> Tensor:
         """[P, T, d]: what similarity is measured on inside the tower."""
-        raise NotImplementedError
 
+    @abstractmethod
     def match(self, metric: Tensor, pairs: int, prefix: int, progress: float) -> Matching:
         """Which pairs merge, `progress` (0 to 1) of the way through the tower."""
-        raise NotImplementedError
 
+    @abstractmethod
     def metric_flops(self, rows: int, sizes: Sizes) -> tuple[int, int]:
         """Columns of `metric` inside the tower, and the products that make it of so many rows."""
-        raise NotImplementedError
 
+    @abstractmethod
     def match_flops(self, rows: int, pairs: int, prefix: int, progress: float, width: int) -> int:
         """Products of `match` on so many rows of so many columns."""
-        raise NotImplementedError
 
     def _rounds_flops(self, rows: int, goal: int, prefix: int, progress: float, width: int) -> int:
         total = 0

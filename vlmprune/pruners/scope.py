@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple, TypeAlias
@@ -31,9 +32,9 @@ class _Part(NamedTuple):
 
 
 class _Scope(Wrapper):
+    @abstractmethod
     def parts_of(self, shape: Geometry) -> Tensor:
         """int64 [N0]: the part that each token belongs to, -1 for none."""
-        raise NotImplementedError
 
     def cache_layers(self, depth: int) -> tuple[int, ...]:
         if self.pruner.cache_layers(depth):
