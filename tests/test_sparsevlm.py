@@ -151,11 +151,12 @@ def test_density_peaks(count: int, clusters: int, seed: int) -> None:
     assert density_peaks(x * 15, clusters)[0].tolist() == brute_force_peaks(x * 15, clusters)[0]
 
 
-def test_blocks_of_the_distance_matrix_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = rows(50, 7)
-    whole = density_peaks(x, 5)
-    monkeypatch.setattr(sparsevlm, "_ROWS", 8)
-    assert all(torch.equal(a, b) for a, b in zip(whole, density_peaks(x, 5)))
+@pytest.mark.parametrize(("count", "seed"), [(6, 2), (8, 2), (40, 0), (200, 1), (400, 3)])
+def test_mutual_neighbours_tie(count: int, seed: int) -> None:
+    """With two clusters the density is that of the nearest alone: of a pair one and the same, whatever was rounded."""
+    x = rows(count, 5, seed=seed)
+    centres, label = density_peaks(x, 2)
+    assert (centres.tolist(), label.tolist()) == brute_force_peaks(x, 2)
 
 
 def test_clusters_average_what_they_take_in() -> None:

@@ -27,7 +27,6 @@ from vlmprune.registry import register_pruner
 KEPT = {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)}
 AVERAGE = {192: 206.5, 128: 145.40625, 96: 114.09375, 64: 82.25}
 RANKED = {192: (13.5, 0.0), 128: (9.0, 6.0), 64: (0.8, 0.0)}
-_ROWS = 1024  # of a distance matrix at a time
 
 
 @register_pruner
@@ -112,7 +111,7 @@ class SparseVLM(StagedPruner):
         raters = 2 * sizes.originally * sizes.words * sizes.width
         kept, clusters = split(sizes.tokens, sizes.keep) if self.recycle else (sizes.keep, 0)
         pool = recycled(sizes.tokens - kept) if clusters else 0
-        return raters + 4 * 2 * pool**2 * sizes.width  # distances are taken four times
+        return raters + 2 * pool**2 * sizes.width
 
     def select(self, tokens: VisualTokens, budget: Tensor) -> Selection:
         attention = tokens.signal("text_attention")
@@ -224,7 +223,7 @@ def density_peaks(x: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     the lower index.
 
     Args:
-        x: [M, D] floating, M >= clusters.
+        x: [M, D] floating, M >= clusters; squared distances take [M, M] in fp32.
 
     Returns:
         int64 [clusters], the centres, best first, and int64 [M], the cluster of each token.
@@ -232,25 +231,14 @@ def density_peaks(x: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     x = x.float() / x.shape[1] ** 0.5
     x = x - x.mean(0)
     square = x.square().sum(1)
-    places = torch.arange(len(x), device=x.device)
-
-    def distances(rows: Tensor) -> Tensor:
-        """Squared, from some rows to all."""
-        apart = (square[rows, None] + square - 2 * x[rows] @ x.T).clamp(min=0)
-        return apart.masked_fill_(rows[:, None] == places, 0)
-
-    blocks = places.split(_ROWS)
-    nearest = [distances(rows).topk(clusters, largest=False).values.mean(1) for rows in blocks]
-    log_density = -torch.cat(nearest)
-    largest = torch.stack([distances(rows).amax() for rows in blocks]).amax()
-    higher = [
-        distances(rows).masked_fill_(log_density <= log_density[rows, None], torch.inf).amin(1).clamp(max=largest)
-        for rows in blocks
-    ]
-    peak = log_density + 0.5 * torch.cat(higher).log()
-    centres = peak.sort(descending=True, stable=True).indices[:clusters]
-    label = torch.cat([distances(rows)[:, centres].argmin(1) for rows in blocks])
-    return centres, label.scatter(0, centres, places[:clusters])
+    apart = (square[:, None] + square - 2 * x @ x.T).clamp_(min=0).fill_diagonal_(0)
+    # A product is symmetric only up to rounding, and two that are each other's nearest must tie in density.
+    apart = torch.minimum(apart, apart.T)
+    log_density = -apart.topk(clusters, largest=False).values.mean(1)
+    higher = apart.masked_fill(log_density <= log_density[:, None], torch.inf).amin(1).clamp(max=apart.amax())
+    centres = (log_density + 0.5 * higher.log()).sort(descending=True, stable=True).indices[:clusters]
+    own = torch.arange(clusters, device=x.device)
+    return centres, apart[:, centres].argmin(1).scatter(0, centres, own)
 
 
 def _counts(count: int, ratios: Sequence[float], recycle: bool, power: float) -> tuple[int, ...]:
